@@ -1,0 +1,67 @@
+"""The command line: `python -m gve COMMAND` or `gve COMMAND`. It dispatches and holds no logic.
+
+The command's module is imported only after the command is known, so `gve --help` needs neither torch nor Lightning.
+Exit codes: 0 done, 1 the work failed, 2 the input cannot be used (one line on stderr says what and how to mend it).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from gve import __version__
+from gve.items import InputError
+
+# command -> (module with `main(argv) -> int`, one line for the overview)
+COMMANDS = {
+    "fit": ("gve.lightning_cli", "train: --config configs/<recipe>.yaml, any key as --trainer.x, --model.x, --data.x"),
+    "validate": ("gve.lightning_cli", "dev split and UVRB of a checkpoint, trained beside untrained: writes uvrb.json, report.md"),
+    "test": ("gve.lightning_cli", "the same as validate under Lightning's test loop"),
+    "predict": ("gve.lightning_cli", "embeddings of the dev split's queries and targets"),
+    "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show)"),
+    "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
+}
+
+
+def overview() -> str:
+    """The text of `gve --help`."""
+    lines = [f"gve {__version__}: embed text, images, videos and any mix of them for retrieval", "", "usage: gve COMMAND [...]", ""]
+    lines += [f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join([*lines, "", "`gve COMMAND --help` explains one of them. Exit codes: 0 done, 1 work failed, 2 bad input."])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its code.
+
+    Args:
+        argv: the words after `gve`; those of the process when None.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        raise SystemExit(0 if words else 2)
+    if words[0] in ("-V", "--version"):
+        print(f"gve {__version__}")
+        raise SystemExit(0)
+    name = words[0]
+    if name not in COMMANDS:
+        print(f"gve: error: unknown command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    module = importlib.import_module(COMMANDS[name][0])
+    arguments = words if COMMANDS[name][0] == "gve.lightning_cli" else words[1:]
+    try:
+        code = module.main(arguments)
+    except InputError as error:
+        print(f"gve {name}: error: {one_line(str(error))}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"gve {name}: interrupted", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
+
+
+def one_line(text: str, limit: int = 400) -> str:
+    """The message on one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
