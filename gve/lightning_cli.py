@@ -83,7 +83,9 @@ def _require_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"the run folder {folder} cannot be written ({error.strerror}); set --trainer.default_root_dir") from None
+        raise InputError(
+            f"the run folder {folder} cannot be written ({error.strerror}); set --trainer.default_root_dir"
+        ) from None
 
 
 def main(argv: Sequence[str]) -> int:
