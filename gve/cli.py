@@ -18,7 +18,7 @@ COMMANDS = {
     "fit": ("gve.lightning_cli", "train: --config configs/<recipe>.yaml, any key as --trainer.x, --model.x, --data.x"),
     "validate": (
         "gve.lightning_cli",
-        "dev split and UVRB of a checkpoint, trained beside untrained: writes uvrb.json, report.md",
+        "dev split and UVRB of a checkpoint, trained beside untrained",
     ),
     "test": ("gve.lightning_cli", "the same as validate under Lightning's test loop"),
     "predict": ("gve.lightning_cli", "embeddings of the dev split's queries and targets"),
@@ -29,16 +29,15 @@ COMMANDS = {
 
 def overview() -> str:
     """The text of `gve --help`."""
-    lines = [
+    head = [
         f"gve {__version__}: embed text, images, videos and any mix of them for retrieval",
         "",
         "usage: gve COMMAND [...]",
         "",
     ]
-    lines += [f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "`gve COMMAND --help` explains one of them. Exit codes: 0 done, 1 work failed, 2 bad input."]
-    )
+    commands = [f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items()]
+    foot = ["", "`gve COMMAND --help` explains one of them. Exit codes: 0 done, 1 work failed, 2 bad input."]
+    return "\n".join(head + commands + foot)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Union
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Frames:
         return len(self.indices) / self.num_frames * self.native_fps
 
 
-MediaSource = Union[str, Path, bytes, np.ndarray, Frames]
+MediaSource = str | Path | bytes | np.ndarray | Frames
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Video(Media):
     """A clip."""
 
 
-Part = Union[Text, Image, Video]
+Part = Text | Image | Video
 
 
 @dataclass(frozen=True)

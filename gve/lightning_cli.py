@@ -1,6 +1,7 @@
 """`gve fit | validate | test | predict`: LightningCLI over VideoEmbedder and PyramidDataModule.
 
-One run is one folder, `trainer.default_root_dir`: config.yaml, run.json, tensorboard/, checkpoints/, uvrb.json, report.md.
+One run is one folder, `trainer.default_root_dir`: config.yaml, run.json, tensorboard/, checkpoints/, uvrb.json and
+report.md.
 Values that two parts must share are linked here once, so that they cannot disagree.
 """
 
