@@ -1,0 +1,114 @@
+"""Pixels -> normalised patches: what transformers' Qwen2-VL image and video processors do, without torchvision.
+
+The resize is torch's fixed-point uint8 bicubic with antialiasing, which follows Pillow's arithmetic (the intermediate
+pass is rounded and clipped to uint8, too). The usual float resize differs from Pillow by up to 19 of 255 on noise and
+costs 20 times as much.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gve.inputs.policy import VisionGeometry
+from gve.items import InputError
+
+# Mean and standard deviation of CLIP's training pixels on a scale of 0 to 1, which Qwen2.5-VL uses.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_ASPECT = 200
+
+
+@dataclass(frozen=True, eq=False)
+class VisionInput:
+    """One image or clip, ready for the tower.
+
+    Args:
+        patches: [t*h*w, 3 * temporal_patch * patch**2] float32, normalised.
+        grid: (t, h, w) in patches.
+        key: equal keys have equal patches.
+    """
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
+    key: str
+
+
+def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Size in pixels to which a frame is resized: multiples of `factor`, area in bounds, aspect ratio nearly kept.
+
+    Equal to `smart_resize` of transformers and qwen-vl-utils, but never above `max_pixels`: the reference exceeds it
+    where a thin strip meets a budget of few tokens; here the long side gives way.
+
+    Args:
+        height, width: size of the source, in pixels.
+        factor: side of one token's square, in pixels.
+        min_pixels, max_pixels: bounds of the area.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        InputError: an empty picture, or a side more than 200 times the other.
+    """
+    if min(height, width) < 1:
+        raise InputError(f"a picture of {width}x{height} px is empty")
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise InputError(f"a picture of {width}x{height} px is too thin: the limit is {MAX_ASPECT} to 1; crop it")
+    # Python's round: halves go to the even multiple, as in the reference.
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / factor) * factor
+        w = math.ceil(width * grow / factor) * factor
+    if h * w > max_pixels:
+        short = min(h, w)
+        long = max(factor, max_pixels // (short * factor) * factor)
+        h, w = (short, long) if h < w else (long, short)
+    return h, w
+
+
+def patchify(
+    frames: np.ndarray, height: int, width: int, geometry: VisionGeometry
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """Resize, normalise and cut frames into patches.
+
+    Args:
+        frames: [T, H, W, 3] uint8 RGB; T is a multiple of the temporal patch, or 1 for an image, which is repeated.
+        height, width: size to resize to, multiples of the geometry's factor (see `smart_size`).
+        geometry: of the base model.
+
+    Returns:
+        (patches [t*h*w, 3 * temporal_patch * patch**2] float32, grid (t, h, w) in patches). Patches that merge into
+        one token stand together; a patch runs channel, frame, row, column.
+
+    Raises:
+        InputError: frames of another shape or dtype, or a number of frames that the temporal patch does not divide.
+    """
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+        raise InputError(f"frames must be [T, H, W, 3] uint8, got {list(frames.shape)} {frames.dtype}")
+    steps, patch, merge = geometry.temporal_patch, geometry.patch, geometry.merge
+    if (frames.shape[0] != 1 and frames.shape[0] % steps) or not frames.shape[0]:
+        raise InputError(f"{frames.shape[0]} frames cannot be grouped by {steps}; sample a multiple of {steps}")
+    # torch warns about arrays it may not write to, such as Pillow's.
+    pixels = torch.from_numpy(frames if frames.flags.writeable else frames.copy()).permute(0, 3, 1, 2)
+    if pixels.shape[2:] != (height, width):
+        pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    if pixels.shape[0] == 1:
+        pixels = pixels.expand(steps, -1, -1, -1)
+    t, h, w = pixels.shape[0] // steps, height // patch, width // patch
+    blocks = pixels.reshape(t, steps, 3, h // merge, merge, patch, w // merge, merge, patch)
+    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    # Gathered as bytes, then widened: a quarter of the memory traffic.
+    patches = blocks.reshape(t * h * w, 3, steps * patch * patch).to(torch.float32)
+    mean = torch.tensor(PIXEL_MEAN, dtype=torch.float32).view(3, 1) * 255
+    std = torch.tensor(PIXEL_STD, dtype=torch.float32).view(3, 1) * 255
+    return patches.sub_(mean).div_(std).flatten(1), (t, h, w)
