@@ -1,1 +1,1 @@
-"""Training data: shards (written, indexed, read), the curriculum, the plan of every step, and the LightningDataModule."""
+"""Training data: shards written, indexed and read; the curriculum; the plan of every step; the LightningDataModule."""

@@ -36,9 +36,9 @@ SCHEMA = 1
 
 _NAME = re.compile(r"[a-z0-9_]{1,40}")
 # Extensions that webdataset's .decode() would unpickle or unzip must never appear; the decoders sniff content anyway.
-_EXTENSIONS = frozenset(
-    "jpg jpeg png webp gif bmp tif tiff ppm pgm heic avif jp2 tga ico "
-    "mp4 m4v mov mkv webm avi mpg mpeg m2v ts mts flv wmv 3gp 3g2 ogv vob mxf h264 hevc 266 vvc ivf y4m".split()
+_EXTENSION = re.compile(
+    "jpe?g|png|webp|gif|bmp|tiff?|ppm|pgm|heic|avif|jp2|tga|ico|mp4|m4v|mov|mkv|webm|avi|mpe?g|m2v|ts|mts|flv|wmv"
+    "|3gp|3g2|ogv|vob|mxf|h264|hevc|266|vvc|ivf|y4m"
 )
 
 
@@ -158,7 +158,7 @@ def _encode_part(part: Part, name: str, members: dict[str, bytes], jpeg_quality:
     else:
         data = part.source if isinstance(part.source, bytes) else Path(part.source).read_bytes()
         suffix = Path(part.name).suffix[1:].lower()
-        extension = suffix if suffix in _EXTENSIONS else "bin"
+        extension = suffix if _EXTENSION.fullmatch(suffix) else "bin"
     member = f"{name}.{extension}"
     members[member] = data
     return {kind: member, "sha256": hashlib.sha256(data).hexdigest()}
