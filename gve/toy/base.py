@@ -1,0 +1,171 @@
+"""The tiny base: the real Qwen2.5-VL class with 1.2M parameters, and a small BPE tokenizer with Qwen's special tokens.
+
+Written as a hub folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json), so that it is
+loaded by the same path as a released model. The weights are random: what a set scores above the untrained row, the
+adapters have learned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from gve.toy.language import DIALECTS
+
+WIDTH = 128
+VOCABULARY = 768  # byte tokens, merges and special tokens together, at most
+# The special tokens of Qwen2.5, in their order; ids follow the vocabulary, as in the real one.
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PREPROCESSOR = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+ALWAYS_KNOWN = "system user assistant You are a helpful assistant."
+
+
+def train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
+    """A byte-level BPE over the texts, split as Qwen2 splits; any other text falls back to bytes and stays lossless."""
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE())
+    learner.normalizer, learner.pre_tokenizer, learner.decoder = qwen.normalizer, qwen.pre_tokenizer, qwen.decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    learner.train_from_iterator([*texts, *_words_of_dialects(), ALWAYS_KNOWN, f" {ALWAYS_KNOWN}"], trainer)
+    learner.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return Qwen2Tokenizer(
+        tokenizer_object=learner,
+        unk_token=None,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=32768,
+    )
+
+
+def _words_of_dialects() -> list[str]:
+    """Every word of both dialects: a base knows the words of dialect B, which adapters are never trained on."""
+    books = [b for d in DIALECTS.values() for b in (d.verbs, d.moves, d.themes, d.shapes, d.colors, d.sizes)]
+    return [f" {phrase}" for book in books for phrase in book.values() if phrase]
+
+
+def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
+    """Configuration of the tiny base for a tokenizer: all constants of the real model but its sizes."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": math.ceil(len(tokenizer) / 64) * 64,
+            "hidden_size": WIDTH,
+            "intermediate_size": 3 * WIDTH,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "initializer_range": round(WIDTH**-0.5, 4),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 96,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "out_hidden_size": WIDTH,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "initializer_range": round(96**-0.5, 4),
+        },
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+
+
+def random_base(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A base with random weights, in float32.
+
+    The published initialisation (0.02 everywhere) is made for widths of thousands; at width 128 it leaves the output
+    of every layer far below its input, and a frozen tower hardly sees. Each matrix is drawn with variance 1 / fan-in
+    instead, and embeddings with variance 1 / width, so that text and vision enter at the same scale.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                fan_in = module.weight[0].numel()
+                nn.init.normal_(module.weight, std=fan_in**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        model.tie_weights()
+    return model.eval()
+
+
+def write_base(folder: Path, texts: Iterable[str], seed: int = 0) -> Qwen2Tokenizer:
+    """Write the tiny base to `folder` as a hub repository and return its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(texts)
+    tokenizer.save_pretrained(folder)
+    model = random_base(tiny_config(tokenizer), seed)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    return tokenizer
