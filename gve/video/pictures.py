@@ -1,0 +1,91 @@
+"""Still pictures: any mode of Pillow to upright RGB, and frames to JPEG."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageCms
+import PIL.ImageOps
+
+from gve.video.source import MAX_PIXELS, MediaError, Source, called, check_exists, reason_of, reject
+
+_PICTURES = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO",
+)  # fmt: skip  # not EPS and the like: Pillow hands those to outside programs
+
+# What Pillow's readers raise on damaged files.
+_PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
+                  NotImplementedError, struct.error, zlib.error)  # fmt: skip
+
+
+def decode_image(source: Source | np.ndarray, name: str = "") -> np.ndarray:
+    """A picture as RGB, upright by its EXIF orientation, on white where it is transparent.
+
+    Grey of 16 bits is scaled to 8, not clipped; of several frames or pages the first is taken; damaged EXIF data are
+    ignored, and the picture is shown as stored.
+
+    Args:
+        source: path, bytes of a file, or pixels that are decoded already ([H, W, 3] uint8, returned as they are).
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        MediaError: the file cannot be used; `reason` says why.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            reject(name or "<array>", "not-an-image", f"{source.dtype} {source.shape} is not [H, W, 3] uint8")
+        return source
+    name = called(source, name)
+    check_exists(source, name)
+    try:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_PICTURES) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                reject(name, "too-large", f"{picture.width}x{picture.height} px is more than {MAX_PIXELS} pixels")
+            picture.load()
+            return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
+    except PIL.Image.DecompressionBombError as error:
+        reject(name, "too-large", str(error))
+    except PIL.UnidentifiedImageError:
+        reject(name, "not-an-image", "no picture format that can be read")
+    except MediaError:
+        raise
+    except _PILLOW_ERRORS as error:
+        reject(name, "truncated" if "truncated" in str(error) else "undecodable", reason_of(error))
+
+
+def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    if picture.mode.startswith(("I", "F")):
+        picture = _to_8_bits(picture)
+    if picture.mode == "LAB":
+        lab, srgb = PIL.ImageCms.createProfile("LAB"), PIL.ImageCms.createProfile("sRGB")
+        picture = PIL.ImageCms.profileToProfile(picture, lab, srgb, outputMode="RGB") or picture
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _to_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Deep grey (modes I;16, I, F) to L, or to LA where one value is transparent. convert() would clip at 255."""
+    values = np.asarray(picture).astype(np.float64)
+    top = np.nanmax(values, initial=0.0)
+    white = 65535.0 if picture.mode != "F" else next((w for w in (1.0, 255.0, 65535.0) if top <= w), top)
+    white = max(white, top)  # 32-bit integers
+    grey = PIL.Image.fromarray(np.clip(np.nan_to_num(values) / white * 255.0, 0.0, 255.0).round().astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(PIL.Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int = 95) -> bytes:
+    """JPEG bytes of one frame, [H, W, 3] uint8, with colour at full size (4:4:4): video has halved it once already."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=0)
+    return file.getvalue()
