@@ -84,7 +84,7 @@ class Backbone(nn.Module):
             _adapt(model, lora)
         if gradient_checkpointing:
             model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-            # Recomputing it would not see `_last_mlp_on`, and its MLP keeps next to nothing.
+            # Recomputing it would not see `_mlp_input`, and its MLP keeps next to nothing.
             model.language_model.layers[-1].gradient_checkpointing = False
         self.model = model
         self.lora = lora
@@ -190,7 +190,7 @@ class Backbone(nn.Module):
         # Under causal attention nothing that is read can see padding on its right: no mask, and the fast kernel.
         padded_right = bool((batch.attention_mask.sum(1) == batch.pool_index + 1).all())
         rows = torch.arange(len(batch), device=batch.pool_index.device)
-        with _last_mlp_on(self.model.language_model, rows, batch.pool_index):
+        with _mlp_input(self.model.language_model.layers[-1].post_attention_layernorm, rows, batch.pool_index):
             states = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=None if padded_right else batch.attention_mask,
@@ -303,14 +303,13 @@ def _media(batch: EmbedBatch | None) -> Iterator[tuple[str, tuple[str, ...], tor
 
 
 @contextmanager
-def _last_mlp_on(language_model: nn.Module, rows: torch.Tensor, pool_index: torch.Tensor) -> Iterator[None]:
+def _mlp_input(last_norm: nn.Module, rows: torch.Tensor, pool_index: torch.Tensor) -> Iterator[None]:
     """Inside, the last layer's MLP runs on the pooled tokens only: nothing else of that layer's output is read.
 
     The MLP's [B, 1, D] is then added to all L positions of the residual; it is right at the pooled one. The MLP is most
     of a layer: this is a fifth of the work of a 4-layer model, 1/30 of a 28-layer one.
     """
-    norm = language_model.layers[-1].post_attention_layernorm
-    handle = norm.register_forward_pre_hook(lambda module, args: (args[0][rows, pool_index].unsqueeze(1),))
+    handle = last_norm.register_forward_pre_hook(lambda module, args: (args[0][rows, pool_index].unsqueeze(1),))
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 import gve
 from gve.inputs import InputPolicy
@@ -72,8 +73,8 @@ class VideoEmbedder(L.LightningModule):
         false_negative_margin: drop negatives whose cosine is above the positive's by more than this; null: keep all.
         optimizer: AdamW and its schedule.
         gradient_checkpointing: recompute the language model's layers in backward.
-        feature_cache_mb: host memory for vision features of clips that epochs repeat, in MiB; 0 for none. A feature
-            computed beside other clips may differ in its last bits, so a resumed run then repeats to rounding only.
+        feature_cache_mb: host memory for vision features of clips that epochs repeat, in MiB; 0 for none. On CPU a kept
+            feature is bit-equal to a new one (tested); a GPU may choose its kernel by the other clips of the call.
         from_scratch: random base weights, for tests.
     """
 
@@ -121,7 +122,7 @@ class VideoEmbedder(L.LightningModule):
         if not hasattr(self, "backbone"):
             self.backbone = self._build_backbone()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what trains, the rate set per optimizer step."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
