@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -89,6 +89,53 @@ def _require_writable(folder: Path) -> None:
         ) from None
 
 
+class _Parsed(Exception):
+    """Carries a parsed configuration out of LightningCLI, which has no mode that only parses."""
+
+
+class _ParseOnly(GVECLI):
+    def before_instantiate_classes(self) -> None:
+        raise _Parsed(self.config)
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """The configuration that `gve <argv>` would run with; nothing is built and no file is written.
+
+    Args:
+        argv: the words after `gve`, the subcommand first.
+
+    Raises:
+        jsonargparse.ArgumentError: a key or a value is wrong.
+    """
+    try:
+        _run(_ParseOnly, argv)
+    except _Parsed as parsed:
+        config: Namespace = parsed.args[0]
+        return config[config.subcommand]
+    raise RuntimeError("LightningCLI ended before its classes")
+
+
+def _run(cli: type[GVECLI], argv: Sequence[str]) -> None:
+    cli(
+        VideoEmbedder,
+        PyramidDataModule,
+        args=list(argv),
+        seed_everything_default=42,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults={
+            "default_root_dir": "runs/gve",
+            "max_epochs": 3,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "callbacks": [RunRecord()],
+        },
+        parser_kwargs={"exit_on_error": False},
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs `fit`, `validate`, `test` or `predict`.
 
@@ -101,24 +148,7 @@ def main(argv: Sequence[str]) -> int:
     # Loaders are sized by configuration; the advice assumes one run per machine.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     try:
-        GVECLI(
-            VideoEmbedder,
-            PyramidDataModule,
-            args=list(argv),
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_callback=RunConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={
-                "default_root_dir": "runs/gve",
-                "max_epochs": 3,
-                "num_sanity_val_steps": 0,
-                "use_distributed_sampler": False,
-                "callbacks": [RunRecord()],
-            },
-            parser_kwargs={"exit_on_error": False},
-        )
+        _run(GVECLI, argv)
     except ArgumentError as error:
         print(f"gve {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
