@@ -1,0 +1,129 @@
+"""run.json: what was run, by which code, on what, and when."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+import gve
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "numpy", "av", "decord", "webdataset", "safetensors")
+
+
+class RunRecord(L.Callback):
+    """Writes run.json into trainer.default_root_dir: one entry for every attempt, in the order of their starts.
+
+    An entry has the command, the commit and whether the tree was changed, versions, hardware, seed, hash of the
+    resolved configuration, world size, start, end, and how it ended: "running" remains where a process was killed.
+    """
+
+    def __init__(self) -> None:
+        self._entry: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._entry = {
+            "stage": stage,
+            "status": "running",
+            "start": _now(),
+            "end": None,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "commit": _commit(),
+            "versions": {"gve": gve.__version__, "python": platform.python_version(), **_versions()},
+            "hardware": _hardware(),
+            "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
+            "config": None,
+            "world_size": trainer.world_size,
+            "step": trainer.global_step,
+        }
+        self._write(trainer, new=True)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, "done")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._entry["stage"] == "validate":
+            self._end(trainer, "done")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, "done")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer, "done")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._entry:
+            self._end(trainer, f"{type(exception).__name__}: {exception}".split("\n")[0])
+
+    def _end(self, trainer: L.Trainer, status: str) -> None:
+        # An interrupt inside fit is reported and followed by the end of fit: the first word stands.
+        if self._entry["end"] is None:
+            self._entry |= {"status": status, "end": _now(), "step": trainer.global_step, "config": _config(trainer)}
+            self._write(trainer, new=False)
+
+    def _write(self, trainer: L.Trainer, *, new: bool) -> None:
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "run.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        attempts = json.loads(path.read_text())["attempts"] if path.is_file() else []
+        attempts = [*attempts, self._entry] if new else [*attempts[:-1], self._entry]
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps({"attempts": attempts}, indent=1) + "\n")
+        os.replace(draft, path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _config(trainer: L.Trainer) -> dict[str, str] | None:
+    """File and SHA-256 of the configuration that the command line has saved beside run.json."""
+    stage = trainer.state.fn.value if trainer.state.fn else "fit"
+    path = Path(trainer.default_root_dir) / ("config.yaml" if stage == "fit" else f"config_{stage}.yaml")
+    if not path.is_file():
+        return None
+    return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def _commit() -> dict[str, Any] | None:
+    """Commit of the code and whether the tree differs from it; None where the code is not in a git checkout."""
+    if shutil.which("git") is None:
+        return None
+    folder = Path(gve.__file__).resolve().parent
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=False, timeout=20
+        )
+
+    head, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    if head.returncode or status.returncode:
+        return None
+    return {"hash": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _versions() -> dict[str, str | None]:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {name: installed(name) for name in PACKAGES}
+
+
+def _hardware() -> dict[str, Any]:
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpus": devices}

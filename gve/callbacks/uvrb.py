@@ -1,0 +1,222 @@
+"""UVRB in the training loop and in `gve validate`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+
+from gve.encode.encoder import BackboneEncoder
+from gve.encode.store import EmbeddingStore
+from gve.eval.ablation import check_ablations
+from gve.eval.evaluation import Scores, evaluate
+from gve.eval.report import Results, ability_table, radar, write_json, write_report
+from gve.eval.uvrb import RetrievalSet, UVRBReader, find_record
+from gve.inputs import InputBuilder, InputPolicy
+from gve.items import InputError
+from gve.model.embedder import VideoEmbedder
+from gve.video import Sampling
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """Where the evaluation's input policy differs from training's (paper: 8 uniform frames, 200 tokens each, 8192).
+
+    Args:
+        num_frames: frames of every clip, spread evenly over it; even.
+        max_frame_tokens: upper limit of vision tokens for one frame before two frames are merged.
+        max_length: tokens of one input.
+    """
+
+    num_frames: int = 8
+    max_frame_tokens: int = 200
+    max_length: int = 8192
+
+    def policy(self, trained: InputPolicy) -> InputPolicy:
+        """The trained policy with these values in place."""
+        return trained.replace(
+            sampling=Sampling.uniform(self.num_frames),
+            max_frame_tokens=self.max_frame_tokens,
+            min_frame_tokens=min(trained.min_frame_tokens, self.max_frame_tokens),
+            max_length=self.max_length,
+        )
+
+
+_INPUTS = EvaluationInputs()
+
+
+class UVRBEvaluation(L.Callback):
+    """Scores the model on the sets of UVRB on all ranks, in fit, validate and test, without disturbing training.
+
+    In fit it logs `uvrb/<set>/<metric>` and `uvrb/ability/<name>`, a radar picture, and writes `uvrb/step_<n>.json`. In
+    validate and test it also runs the untrained base and the ablations and writes uvrb.json, report.md, radar.png and
+    uvrb_positions.npz into trainer.default_root_dir. It needs a validation loader, as all validation hooks do.
+    These scores describe a model and never choose it: checkpoints are chosen on the dev split.
+
+    Args:
+        root: folder of the sets, `<root>/<NAME>/jsonl/...`; null switches the evaluation off.
+        sets: names of the sets to run; null runs all that are present.
+        inputs: where the input policy differs from training's.
+        every_n_epochs: how often it runs in fit; the last epoch always counts. 0: not in fit.
+        max_queries: most queries of a set in fit, chosen by a seed; validate runs all. null for all.
+        untrained: validate also scores the base with its adapters off.
+        ablations: validate also scores the model under these: static, shuffled, reversed, black, text_only, media_only.
+        batch_tokens: most tokens of one forward pass, padding included.
+        num_workers: loader processes that decode.
+        memory_mb: host memory, in MiB, for prepared inputs and vision features of clips: the untrained base and later
+            epochs then need neither decoder nor tower. 0 for none.
+        store: keep embeddings under trainer.default_root_dir/embeddings, so that interrupted work goes on.
+        resamples: bootstrap replicates behind every interval.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        sets: list[str] | None = None,
+        inputs: EvaluationInputs = _INPUTS,
+        every_n_epochs: int = 1,
+        max_queries: int | None = None,
+        untrained: bool = True,
+        ablations: Sequence[str] = (),
+        batch_tokens: int = 16384,
+        num_workers: int = 0,
+        memory_mb: int = 1024,
+        store: bool = False,
+        resamples: int = 1000,
+    ) -> None:
+        check_ablations(list(ablations))
+        for name in sets or ():
+            find_record(name)
+        if max_queries is not None and max_queries < 1:
+            raise InputError(
+                f"uvrb.max_queries={max_queries} must be at least 1; set every_n_epochs to 0 to switch off"
+            )
+        self.root, self.set_names, self.inputs = root, sets, inputs
+        self.every_n_epochs, self.max_queries = every_n_epochs, max_queries
+        self.untrained, self.ablations = untrained, tuple(ablations)
+        self.batch_tokens, self.num_workers, self.memory_mb = batch_tokens, num_workers, memory_mb
+        self.store, self.resamples = store, resamples
+        self._sets: list[RetrievalSet] = []
+        self._encoder: BackboneEncoder | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Reads the listings, so that a wrong folder or set stops the run before it trains."""
+        if self.root and not self._sets:
+            reader = UVRBReader(self.root)
+            self._sets = [reader.read(name) for name in self.set_names or reader.names()]
+            for tested in self._sets:
+                if tested.missing:
+                    rank_zero_warn(
+                        f"{tested.record.name}: {len(tested.missing)} media files are missing, for example "
+                        f"{tested.missing[0]}; the set is incomplete and enters no average"
+                    )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._sets or trainer.sanity_checking:
+            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+            if self.every_n_epochs and (last or (trainer.current_epoch + 1) % self.every_n_epochs == 0):
+                self._in_fit(trainer, pl_module)
+        else:
+            self._in_full(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._sets:
+            self._in_full(trainer, pl_module)
+
+    def _in_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        sets = self._sets
+        if self.max_queries is not None:
+            sets = [tested.subset(self.max_queries) for tested in sets]
+        encoder = self._encoder_of(pl_module)
+        with _undisturbed(), trainer.precision_plugin.forward_context():
+            scores = evaluate(encoder, sets, progress="uvrb")
+        results = self._results(trainer, encoder, scores)
+        self._publish(trainer, pl_module, results)
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "uvrb" / f"step_{trainer.global_step}.json"
+            write_json(path, results)
+
+    def _in_full(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        encoder = self._encoder_of(pl_module)
+        folder = Path(trainer.default_root_dir) / "embeddings" if self.store else None
+        ablations: dict[str, Scores] = {}
+        with _undisturbed(), trainer.precision_plugin.forward_context():
+            store = EmbeddingStore(folder, encoder.fingerprint)
+            scores = evaluate(encoder, self._sets, store, progress="uvrb")
+            base = encoder.untrained()
+            kept = EmbeddingStore(folder, base.fingerprint)
+            untrained = evaluate(base, self._sets, kept, progress="uvrb, untrained") if self.untrained else {}
+            for name in self.ablations:
+                ablations[name] = evaluate(encoder, self._sets, store, ablation=name, progress=f"uvrb, {name}")
+        results = self._results(trainer, encoder, scores, untrained, ablations)
+        self._publish(trainer, pl_module, results)
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            write_report(folder, results)
+            Console().print(ability_table(results))
+            rank_zero_info(f"UVRB report: {folder / 'report.md'}")
+        trainer.strategy.barrier()
+
+    def _encoder_of(self, pl_module: L.LightningModule) -> BackboneEncoder:
+        """One encoder for the whole run: its memory serves every epoch, as the tower never changes."""
+        if not isinstance(pl_module, VideoEmbedder):
+            raise TypeError(f"UVRBEvaluation evaluates a VideoEmbedder, got {type(pl_module).__name__}")
+        if self._encoder is None:
+            builder = InputBuilder.from_base(pl_module.base, self.inputs.policy(pl_module.inputs))
+            self._encoder = BackboneEncoder(
+                pl_module.backbone,
+                builder,
+                batch_tokens=self.batch_tokens,
+                num_workers=self.num_workers,
+                memory_bytes=self.memory_mb << 20,
+            )
+        return self._encoder
+
+    def _results(
+        self,
+        trainer: L.Trainer,
+        encoder: BackboneEncoder,
+        scores: Scores,
+        untrained: Scores | None = None,
+        ablations: dict[str, Scores] | None = None,
+    ) -> Results:
+        return Results(
+            scores=scores,
+            untrained=untrained or {},
+            ablations=ablations or {},
+            inputs=encoder.builder.policy.to_dict(),
+            weights_hash=encoder.weights_hash,
+            untrained_weights_hash=encoder.untrained().weights_hash,
+            step=trainer.global_step,
+            resamples=self.resamples,
+        )
+
+    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, results: Results) -> None:
+        """Logs from every rank: the values are equal already, and a monitor must find its key on all of them."""
+        for tag, value in results.metrics().items():
+            pl_module.log(tag, value, sync_dist=False, rank_zero_only=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_figure("uvrb/radar", radar(results), trainer.global_step)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Random generators are afterwards as they were, whatever ran inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

@@ -1,0 +1,140 @@
+"""Runs sets: encode every distinct item once, rank, score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from gve.encode.encoder import Encoder
+from gve.encode.store import EmbeddingStore, encode_items
+from gve.encode.topk import RankCounts, rank_counts, top_k
+from gve.eval.ablation import PIXEL_ABLATIONS, PixelAblation, ablated_queries, concerns
+from gve.eval.retrieval import chance_recall_at_k, optimistic_recall_at_k, pessimistic_recall_at_k, recall_at_k
+from gve.eval.statistics import bootstrap_means, score_interval
+from gve.eval.uvrb import RetrievalSet
+
+NEAREST = 10  # retrieved items kept for each query, to look at what went wrong
+
+
+@dataclass(frozen=True, eq=False)
+class SetScore:
+    """One set under one model.
+
+    Args:
+        tested: the set.
+        counts: where the best positive of each query stands.
+        nearest: [Q, 10] int64, corpus rows by falling similarity, -1 beyond the end of a pool.
+        similarities: [Q, 10] float32.
+        unread: name of a file or item -> why it could not be encoded.
+    """
+
+    tested: RetrievalSet
+    counts: RankCounts
+    nearest: np.ndarray
+    similarities: np.ndarray
+    unread: dict[str, str]
+
+    @cached_property
+    def hits(self) -> np.ndarray:
+        """[Q] float64: score of each query, the expectation over the orders of ties."""
+        return recall_at_k(self.counts, self.tested.record.k)
+
+    @property
+    def value(self) -> float:
+        return float(self.hits.mean())
+
+    @property
+    def optimistic(self) -> float:
+        return float(optimistic_recall_at_k(self.counts, self.tested.record.k).mean())
+
+    @property
+    def pessimistic(self) -> float:
+        return float(pessimistic_recall_at_k(self.counts, self.tested.record.k).mean())
+
+    @property
+    def chance(self) -> float:
+        """What a random order scores on these queries."""
+        return set_chance(self.tested)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it may enter an average: all items were read, and the pools are the protocol's."""
+        return not self.unread and self.tested.record.pooled == (self.tested.pools is not None)
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """[Q] int64: queries that share their first positive share a number."""
+        return np.array([rows[0] if rows else -1 - query for query, rows in enumerate(self.tested.positives)])
+
+    def replicates(self, resamples: int) -> np.ndarray:
+        """[resamples] bootstrap means."""
+        return bootstrap_means(self.hits, self.clusters, resamples=resamples, name=self.tested.record.name)
+
+    def interval(self, resamples: int) -> tuple[float, float]:
+        """95% interval of the value over queries."""
+        return score_interval(self.hits, self.replicates(resamples))
+
+    def difference(self, other: SetScore, resamples: int) -> np.ndarray:
+        """[resamples] bootstrap means of this score minus the other's, query by query."""
+        name = f"{self.tested.record.name} paired"
+        return bootstrap_means(self.hits - other.hits, self.clusters, resamples=resamples, name=name)
+
+
+Scores = Mapping[str, SetScore]
+"""Set name -> score, in the order of reports."""
+
+
+def set_chance(tested: RetrievalSet) -> float:
+    """Expected score of a random order: mean(1 - C(C-p, k) / C(C, k)) over the queries."""
+    positives = np.array([len(rows) for rows in tested.positives])
+    pools = tested.pools or [range(len(tested.corpus))] * len(positives)
+    return chance_recall_at_k(positives, np.array([len(pool) for pool in pools]), tested.record.k)
+
+
+def evaluate(
+    encoder: Encoder,
+    sets: Sequence[RetrievalSet],
+    store: EmbeddingStore | None = None,
+    *,
+    ablation: str = "",
+    progress: str = "",
+) -> dict[str, SetScore]:
+    """Scores the sets; a collective where ranks exist, with the same result on all of them.
+
+    The items of all sets go through one call of the encoder, so what several sets share is encoded once.
+
+    Args:
+        encoder: any model.
+        sets: what to run.
+        store: of this encoder's fingerprint; None keeps vectors for this call alone.
+        ablation: one of ABLATIONS; sets it says nothing about are left out. Empty: as they are.
+        progress: title of the progress bar on rank 0; no bar when empty.
+
+    Returns:
+        Set name -> score, in the order of `sets`.
+    """
+    sets = [tested for tested in sets if not ablation or concerns(ablation, tested)]
+    if store is None:
+        store = EmbeddingStore(None, encoder.fingerprint)
+    queries = [ablated_queries(ablation, tested) for tested in sets]
+    items = [item for own, tested in zip(queries, sets, strict=True) for item in (*own, *tested.corpus)]
+    transform = PixelAblation(ablation) if ablation in PIXEL_ABLATIONS else None
+    encoded = encode_items(encoder, items, store, transform=transform, progress=progress)
+    scores = {}
+    start = 0
+    for tested in sets:
+        middle, end = start + len(tested.queries), start + len(tested.queries) + len(tested.corpus)
+        query, corpus = encoded.vectors[start:middle], encoded.vectors[middle:end]
+        nearest, similarities = top_k(query, corpus, NEAREST, tested.pools)
+        unread = {
+            ", ".join(medium.name for medium in items[row].media) or items[row].id: reason
+            for row, reason in encoded.failures.items()
+            if start <= row < end
+        }
+        counts = rank_counts(query, corpus, tested.positives, tested.pools)
+        scores[tested.record.name] = SetScore(tested, counts, nearest, similarities, unread)
+        start = end
+    return scores

@@ -1,0 +1,478 @@
+"""UVRB, the Universal Video Retrieval Benchmark: its sixteen sets, their released layout, and the nine abilities.
+
+Names, counts, instructions, metrics and aggregation are those of arXiv 2510.27571; the layout is that of the release
+`Alibaba-NLP/UVRB`: `<root>/<NAME>/jsonl/{queries,corpus,instances}.jsonl` beside the media.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gve.items import Image, InputError, Item, Part, Text, Video
+
+FIND = "Find the video according to the "
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """One test set as the paper defines it.
+
+    Args:
+        name: as in the paper's Table 1.
+        ability: the leaf of the ability tree it counts for: CG, S, T, PR, LC, CMP or VIS.
+        query: modalities of a query, in the order T, I, V.
+        num_queries, num_corpus: published counts; `num_corpus` is the size of one pool where `pooled`.
+        instruction: precedes the query, joined by one space.
+        built_from: the data set and the field it was made from.
+        licence: of the source's annotations or videos, whichever is narrower, as far as it is stated.
+        k: a query scores when a positive is among the first k.
+        pooled: each query ranks its own candidates instead of the whole corpus.
+    """
+
+    name: str
+    ability: str
+    query: str
+    num_queries: int
+    num_corpus: int
+    instruction: str
+    built_from: str
+    licence: str
+    k: int = 1
+    pooled: bool = False
+
+    @property
+    def metric(self) -> str:
+        """Its name in results and TensorBoard tags."""
+        return "precision_at_1" if self.pooled else f"recall_at_{self.k}"
+
+    @property
+    def metric_label(self) -> str:
+        """Its name in tables."""
+        return "P@1" if self.pooled else f"R@{self.k}"
+
+
+SETS: tuple[SetRecord, ...] = (
+    SetRecord(
+        "MSRVTT",
+        "CG",
+        "T",
+        1000,
+        1000,
+        "Find the clip that corresponds to the described scene in the given video.",
+        "MSR-VTT, JSFusion 1k-A split",
+        "not stated",
+    ),
+    SetRecord(
+        "DiDeMo",
+        "CG",
+        "T",
+        1004,
+        1004,
+        "Find a video that includes the following described scenes.",
+        "DiDeMo test, all sentences of a video joined to a paragraph",
+        "BSD-2-Clause, videos Creative Commons",
+    ),
+    SetRecord(
+        "CRB-G",
+        "CG",
+        "T",
+        1000,
+        1000,
+        FIND + "general text description.",
+        "CaReBench `caption`",
+        "MIT",
+    ),
+    SetRecord(
+        "CRB-S",
+        "S",
+        "T",
+        1000,
+        1000,
+        FIND + "spatial description.",
+        "CaReBench `spatial_caption`",
+        "MIT",
+    ),
+    SetRecord(
+        "VDC-O",
+        "S",
+        "T",
+        1027,
+        1027,
+        FIND + "object description.",
+        "VDC `main_object_caption`",
+        "Apache-2.0",
+    ),
+    SetRecord(
+        "CRB-T",
+        "T",
+        "T",
+        1000,
+        1000,
+        FIND + "temporal description.",
+        "CaReBench `temporal_caption`",
+        "MIT",
+    ),
+    SetRecord(
+        "CMRB",
+        "T",
+        "T",
+        728,
+        1071,
+        FIND + "camera motion description.",
+        "CameraBench motion descriptions",
+        "CC-BY-4.0",
+        k=10,
+    ),
+    SetRecord(
+        "DREAM-E",
+        "PR",
+        "T",
+        6251,
+        1000,
+        FIND + "text description.",
+        "DREAM-1K events",
+        "Apache-2.0",
+    ),
+    SetRecord(
+        "LoVR-TH",
+        "PR",
+        "T",
+        8854,
+        8854,
+        FIND + "text description about video theme information.",
+        "LoVR clip themes",
+        "CC-BY-NC-SA-4.0",
+        k=10,
+    ),
+    SetRecord(
+        "PEV-K",
+        "PR",
+        "T",
+        14427,
+        15000,
+        FIND + "text description of a series of keywords.",
+        "PE-Video test keywords",
+        "CC-BY-NC-4.0",
+    ),
+    SetRecord(
+        "LoVR-V",
+        "LC",
+        "T",
+        100,
+        467,
+        "Find the long video according to the long text description.",
+        "LoVR full captions",
+        "CC-BY-NC-SA-4.0",
+    ),
+    SetRecord(
+        "VDC-D",
+        "LC",
+        "T",
+        1000,
+        1027,
+        FIND + "detailed text description.",
+        "VDC `detailed_caption`",
+        "Apache-2.0",
+    ),
+    SetRecord(
+        "MS-TI",
+        "CMP",
+        "TI",
+        400,
+        10,
+        "Find the video clip that corresponds to the given text and the given image.",
+        "MomentSeeker as adapted in MMEB-V2",
+        "CC-BY-NC-SA-4.0",
+        pooled=True,
+    ),
+    SetRecord(
+        "MS-TV",
+        "CMP",
+        "TV",
+        400,
+        10,
+        "Find the video clip that corresponds to the given text and the given video.",
+        "MomentSeeker as adapted in MMEB-V2",
+        "CC-BY-NC-SA-4.0",
+        pooled=True,
+    ),
+    SetRecord(
+        "MSRVTT-I2V",
+        "VIS",
+        "I",
+        1000,
+        1000,
+        FIND + "image.",
+        "one random frame of each MSR-VTT test video",
+        "not stated",
+    ),
+    SetRecord(
+        "LoVR-C2V",
+        "VIS",
+        "V",
+        467,
+        467,
+        "Find the original long video according to the short video clip.",
+        "one clip of each LoVR long video",
+        "CC-BY-NC-SA-4.0",
+    ),
+)
+
+# ability -> its parts: sets (leaves of the tree) or abilities that stand before it
+ABILITY_PARTS: dict[str, tuple[str, ...]] = {
+    "CG": ("MSRVTT", "DiDeMo", "CRB-G"),
+    "S": ("CRB-S", "VDC-O"),
+    "T": ("CRB-T", "CMRB"),
+    "PR": ("DREAM-E", "LoVR-TH", "PEV-K"),
+    "FG": ("S", "T", "PR"),
+    "LC": ("LoVR-V", "VDC-D"),
+    "TXT": ("CG", "FG", "LC"),
+    "CMP": ("MS-TI", "MS-TV"),
+    "VIS": ("MSRVTT-I2V", "LoVR-C2V"),
+    "AVG-A": ("TXT", "CMP", "VIS", "CG", "FG", "LC"),
+    "AVG-D": tuple(record.name for record in SETS),
+}
+ABILITIES = ("TXT", "CMP", "VIS", "CG", "FG", "LC", "S", "T", "PR")
+AVERAGES = ("AVG-A", "AVG-D")
+
+
+def ability_scores(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nine abilities and the two averages, each an unweighted mean of its parts (paper section 4).
+
+    Args:
+        values: set name -> score: a float, or an array of bootstrap replicates. Only whole sets belong here.
+
+    Returns:
+        AVG-A, AVG-D and the abilities, in the order of reports; None where a set that it needs is missing, so that an
+        average never stands for less than its name says.
+    """
+    known: dict[str, Any] = {name: values.get(name) for name in ABILITY_PARTS["AVG-D"]}
+    for ability, parts in ABILITY_PARTS.items():
+        scores = [known[part] for part in parts]
+        known[ability] = None if any(score is None for score in scores) else sum(scores) / len(scores)
+    return {name: known[name] for name in (*AVERAGES, *ABILITIES)}
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name if letter.isalnum()).upper()
+
+
+def find_record(name: str) -> SetRecord:
+    """The set of a name, whatever its case and separators: "msr-vtt", "CRB_G".
+
+    Raises:
+        InputError: no set has that name.
+    """
+    records = {_letters(record.name): record for record in SETS}
+    if _letters(name) in records:
+        return records[_letters(name)]
+    near = difflib.get_close_matches(_letters(name), records, 1)
+    hint = f"; did you mean {records[near[0]].name}?" if near else ""
+    raise InputError(f"no UVRB set is called {name!r}{hint} (sets: {', '.join(r.name for r in SETS)})")
+
+
+@cache
+def published_scores() -> dict[str, dict[str, float]]:
+    """Model -> set or ability -> score, as printed in the paper's Tables 1 and 2.
+
+    Two slips of the paper are kept: AVG-A of GME-2B (printed 0.416, its row gives 0.516), and CG, TXT, AVG-A and AVG-D
+    of VLM2Vec-V2, which do not follow from its row.
+    """
+    text = resources.files("gve.eval").joinpath("uvrb_published.csv").read_text()
+    names = (*ABILITY_PARTS["AVG-D"], *AVERAGES, *ABILITIES)
+    return {row["model"]: {name: float(row[name]) for name in names} for row in csv.DictReader(text.splitlines())}
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalSet:
+    """Queries, corpus and relevance of one set, ready to encode.
+
+    Args:
+        queries: Q items, instruction set.
+        corpus: C items.
+        positives: corpus rows that answer each query.
+        pools: corpus rows each query is ranked against, or None for the whole corpus.
+        facts: what the set's own set.json states: `chance`, `ceilings`, ...; empty for released data.
+        missing: media files that are not on disk.
+        notes: deviations from the paper's protocol, one sentence each.
+        data_hash: hex SHA-256 of the three listings.
+    """
+
+    record: SetRecord
+    queries: tuple[Item, ...]
+    corpus: tuple[Item, ...]
+    positives: tuple[tuple[int, ...], ...]
+    pools: tuple[tuple[int, ...], ...] | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    data_hash: str = ""
+
+    @property
+    def published_size(self) -> bool:
+        """Whether the counts are the paper's: the benchmark itself, not a stand-in of the same name."""
+        size = len(self.pools[0]) if self.record.pooled and self.pools else len(self.corpus)
+        return (len(self.queries), size) == (self.record.num_queries, self.record.num_corpus)
+
+    def subset(self, max_queries: int, seed: int = 0) -> RetrievalSet:
+        """The same gallery with at most `max_queries` queries, chosen by the seed; pooled sets keep only used clips."""
+        if len(self.queries) <= max_queries:
+            return self
+        key = int.from_bytes(hashlib.sha256(f"subset\0{seed}\0{self.record.name}".encode()).digest()[:16], "big")
+        words = np.random.Philox(key=key).random_raw(len(self.queries))
+        kept = sorted(np.argsort(words, kind="stable")[:max_queries].tolist())
+        used = sorted({row for query in kept for row in self.pools[query]}) if self.pools else range(len(self.corpus))
+        place = {row: new for new, row in enumerate(used)}
+        return dataclasses.replace(
+            self,
+            queries=tuple(self.queries[query] for query in kept),
+            corpus=tuple(self.corpus[row] for row in used),
+            positives=tuple(tuple(place[row] for row in self.positives[query]) for query in kept),
+            pools=tuple(tuple(place[row] for row in self.pools[query]) for query in kept) if self.pools else None,
+            notes=(*self.notes, f"{max_queries} of {len(self.queries)} queries, chosen by seed {seed}"),
+        )
+
+
+class UVRBReader:
+    """Reads sets below one root; media that several sets share become one object, hashed once.
+
+    Args:
+        root: the folder that holds `<NAME>/jsonl/` of each set.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise InputError(f"no UVRB folder at {self.root}; set uvrb.root, or leave it empty to train without it")
+        self._media: dict[tuple[type, Path], Image | Video] = {}
+
+    def names(self) -> list[str]:
+        """Sets that are present, in the order of reports.
+
+        Raises:
+            InputError: the folder holds no set.
+        """
+        present = [record.name for record in SETS if (self.root / record.name / "jsonl").is_dir()]
+        if not present:
+            raise InputError(f"{self.root} holds no UVRB set; expected <NAME>/jsonl/queries.jsonl with a name of UVRB")
+        return present
+
+    def read(self, name: str) -> RetrievalSet:
+        """One set.
+
+        Raises:
+            InputError: unknown name, an unreadable listing, a repeated id, a query of another form than the set's, a
+                positive that is not in the corpus or not among the query's candidates.
+        """
+        record = find_record(name)
+        folder = self.root / record.name
+        digest = hashlib.sha256()
+        listings = {kind: _rows(folder / "jsonl" / f"{kind}.jsonl", digest) for kind in LISTINGS}
+        queries = self._items(folder, listings["queries"], record.instruction)
+        corpus = self._items(folder, listings["corpus"], "")
+        for item in queries:
+            if item.modality != record.query:
+                raise InputError(f"{record.name}: query {item.id} is {item.modality or 'empty'}, not {record.query}")
+        positives, pools = _relevance(record, queries, corpus, listings["instances"])
+        notes = []
+        if record.pooled and pools is None:
+            notes.append("no candidate lists: ranked against the whole corpus, not comparable with P@1 of a pool")
+        if unanswered := sum(not rows for rows in positives):
+            notes.append(f"{unanswered} queries have no positive and count as misses")
+        facts_file = folder / "set.json"
+        facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+        media = {medium.name: medium for item in (*queries, *corpus) for medium in item.media}
+        missing = tuple(sorted(name for name, medium in media.items() if not Path(str(medium.source)).is_file()))
+        return RetrievalSet(record, queries, corpus, positives, pools, facts, missing, tuple(notes), digest.hexdigest())
+
+    def _items(self, folder: Path, rows: Iterable[dict[str, Any]], instruction: str) -> tuple[Item, ...]:
+        items: dict[str, Item] = {}
+        for row in rows:
+            if "id" not in row:
+                raise InputError(f"{folder.name}: a row without `id`: {json.dumps(row)[:120]}")
+            parts: list[Part] = [self._medium(folder, row[key], kind) for key, kind in MEDIA_KEYS if row.get(key)]
+            if text := str(row.get("text") or "").strip():
+                parts.append(Text(text))
+            identifier = str(row["id"])
+            if identifier in items:
+                raise InputError(f"{folder.name}: id {identifier} stands twice in one listing")
+            items[identifier] = Item(tuple(parts), instruction, identifier)
+        if not items:
+            raise InputError(f"{folder.name}: a listing has no rows")
+        return tuple(items.values())
+
+    def _medium(self, folder: Path, name: str, kind: type[Image] | type[Video]) -> Image | Video:
+        """The file of a listing's path, looked for where releases and their users put media."""
+        places = [Path(os.path.normpath(folder / where / name)) for where in MEDIA_FOLDERS]
+        path = next((place for place in places if place.is_file()), places[0])
+        if not path.is_relative_to(os.path.normpath(self.root)):
+            raise InputError(f"{folder.name}: media path {name!r} leaves the UVRB folder")
+        return self._media.setdefault((kind, path), kind(path, name=str(path.relative_to(os.path.normpath(self.root)))))
+
+
+LISTINGS = ("queries", "corpus", "instances")
+MEDIA_KEYS: tuple[tuple[str, type[Image] | type[Video]], ...] = (("image", Image), ("video", Video))
+MEDIA_FOLDERS = (".", "videos", "images")
+
+
+def _rows(path: Path, digest: Any) -> list[dict[str, Any]]:
+    """The objects of a jsonl file, whose bytes go into the digest."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    digest.update(content)
+    rows = []
+    for number, line in enumerate(content.decode("utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number} is not JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}:{number} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _relevance(
+    record: SetRecord, queries: Sequence[Item], corpus: Sequence[Item], rows: Iterable[dict[str, Any]]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...] | None]:
+    """(positives, pools) as corpus rows; several rows of one query are merged."""
+    place = {item.id: row for row, item in enumerate(corpus)}
+    wanted = {item.id for item in queries}
+    merged: dict[str, dict[str, set[int]]] = {"pos": {}, "candidates": {}}
+    for row in rows:
+        query = str(row.get("qid"))
+        if query not in wanted:
+            raise InputError(f"{record.name}: instances name query {query!r}, which is not in queries.jsonl")
+        for key, lists in merged.items():
+            for target in row.get(key) or ():
+                if str(target) not in place:
+                    raise InputError(f"{record.name}: {key} of query {query} names {target!r}, not in corpus.jsonl")
+                lists.setdefault(query, set()).add(place[str(target)])
+    positives = tuple(tuple(sorted(merged["pos"].get(item.id, ()))) for item in queries)
+    if not record.pooled or not merged["candidates"]:
+        return positives, None
+    pools = tuple(tuple(sorted(merged["candidates"].get(item.id, ()))) for item in queries)
+    for item, own, pool in zip(queries, positives, pools, strict=True):
+        if not set(own) <= set(pool):
+            raise InputError(f"{record.name}: query {item.id} has a positive that is not among its candidates")
+    return positives, pools
