@@ -350,14 +350,22 @@ def _config(base: str) -> transformers.Qwen2_5_VLConfig:
 
 
 def _load(base: str, options: Mapping[str, object]) -> transformers.Qwen2_5_VLModel:
+    verbosity = transformers.logging.get_verbosity()
+    # Its report warns of the LM head, which is left out on purpose; what matters is checked below.
+    transformers.logging.set_verbosity_error()
     try:
         model, report = transformers.Qwen2_5_VLModel.from_pretrained(base, output_loading_info=True, **options)
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"the weights of base {base!r} cannot be loaded ({reason})") from None
-    bad = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if bad:
-        raise InputError(f"base {base!r} lacks {len(bad)} weights, for example {bad[0]}; they would be random")
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise InputError(f"base {base!r} lacks {len(missing)} weights, for example {missing[0]}; they would be random")
+    surplus = sorted(name for name in report["unexpected_keys"] if not name.startswith("lm_head."))
+    if surplus:
+        raise InputError(f"base {base!r} has {len(surplus)} weights that are not used, for example {surplus[0]}")
     return model
 
 
