@@ -274,9 +274,7 @@ class InputBuilder:
     def _frames(self, part: Video) -> Frames:
         if isinstance(part.source, Frames):
             return part.source
-        if isinstance(part.source, np.ndarray):
-            raise InputError(f"{part.name or 'clip'}: a clip of bare pixels has no times; wrap it in Frames")
-        return video.decode(part.source, self.policy.sampling, name=part.name)
+        return video.decode(_file(part), self.policy.sampling, name=part.name)
 
     def _size(self, part: Image | Video) -> tuple[int, int, int]:
         """(frames, height, width) of a medium before the resize."""
@@ -286,7 +284,7 @@ class InputBuilder:
         if isinstance(part.source, Frames):
             count, height, width = part.source.pixels.shape[:3]
             return count, height, width
-        info = video.probe(part.source, name=part.name)
+        info = video.probe(_file(part), name=part.name)
         count = len(video.frame_indices(info.num_frames, info.native_fps, self.policy.sampling))
         return count, info.height, info.width
 
@@ -298,6 +296,12 @@ class InputBuilder:
             else (policy.min_frame_tokens, policy.max_frame_tokens)
         )
         return smart_size(height, width, self.geometry.factor, low * area, high * area)
+
+
+def _file(part: Video) -> str | Path | bytes:
+    if isinstance(part.source, (np.ndarray, Frames)):
+        raise InputError(f"{part.name or 'clip'}: a clip of bare pixels has no times; wrap it in Frames")
+    return part.source
 
 
 def _pixel_settings(policy: InputPolicy, geometry: VisionGeometry) -> dict[type, str]:

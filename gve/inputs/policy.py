@@ -154,27 +154,28 @@ class VisionGeometry:
         Raises:
             InputError: no such file, or not the config of a Qwen2.5-VL model.
         """
-        if not isinstance(config, dict):
-            path = Path(config)
-            path = path / "config.json" if path.is_dir() else path
-            try:
-                config = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise InputError(f"cannot read the model's config {path}: {error}") from error
+        values = config if isinstance(config, dict) else _read_json(Path(config))
         try:
-            vision = config["vision_config"]
+            vision = values["vision_config"]
             return cls(
                 patch=vision["patch_size"],
                 merge=vision["spatial_merge_size"],
                 temporal_patch=vision["temporal_patch_size"],
                 tokens_per_second=vision["tokens_per_second"],
-                image_token=config["image_token_id"],
-                video_token=config["video_token_id"],
-                vision_start=config["vision_start_token_id"],
-                vision_end=config["vision_end_token_id"],
+                image_token=values["image_token_id"],
+                video_token=values["video_token_id"],
+                vision_start=values["vision_start_token_id"],
+                vision_end=values["vision_end_token_id"],
             )
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise InputError(
-                f"not the config of a Qwen2.5-VL model: {error} is missing (model_type "
-                f"{config.get('model_type') if isinstance(config, dict) else None!r})"
+                f"not the config of a Qwen2.5-VL model (model_type {values.get('model_type')!r}): it has no {error}"
             ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the model's config {path}: {error}") from error
