@@ -16,6 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers.utils import logging
 
 from gve.toy.language import DIALECTS
 
@@ -166,6 +167,8 @@ def write_base(folder: Path, texts: Iterable[str], seed: int = 0) -> Qwen2Tokeni
     tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(folder)
     model = random_base(tiny_config(tokenizer), seed)
+    logging.disable_progress_bar()  # one file of 6 MB
     model.save_pretrained(folder)
+    logging.enable_progress_bar()
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
     return tokenizer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gve.toy.forms import Fact, Form, Noun, Story, density, pace, palette
 from gve.toy.language import Dialect, join, sentence
@@ -81,10 +82,11 @@ def short(scene: Scene, teller: Teller) -> Caption:
 
 
 def event(scene: Scene, who: int, what: str, teller: Teller) -> Caption:
-    """One event as a sentence without a capital, as in DREAM-1K."""
-    noun = _noun(scene.things[who], sized=True)
-    text = f"{teller.dialect.noun(noun)} {teller.dialect.verbs[what]}"
-    return Caption(text, (Form((noun,), (Fact("does", what, (0,)),)),))
+    """One event of one thing as a clause, as in DREAM-1K."""
+    d, thing = teller.dialect, scene.things[who]
+    noun = _noun(thing, sized=True)
+    text = f"{d.noun(noun)} {d.at(thing.place)} {d.verbs[what]}"
+    return Caption(text, (Form((noun,), (Fact("at", thing.place, (0,)), Fact("does", what, (0,)))),))
 
 
 def paragraph(scene: Scene, teller: Teller) -> Caption:
@@ -212,7 +214,7 @@ def detailed(scene: Scene, teller: Teller) -> Caption:
         verb = d.does(tuple(dict.fromkeys(thing.events)) or ("",))
         sentences.append(sentence(f"{d.noun(_noun(thing), 'the')} {verb}"))
         facts += [Fact("at", thing.place, (who,)), *_event_facts(thing, who)]
-    for one, other in zip(order, order[1:], strict=False):
+    for one, other in pairwise(order):
         facts.append(Fact(_relation(scene.things[one], scene.things[other]), who=(one, other)))
         sentences.append(_relation_sentence(scene, one, other, teller))
     return Caption(" ".join(sentences), (Form(nouns, tuple(facts)),))
@@ -239,7 +241,9 @@ def theme(scene: Scene, teller: Teller) -> Caption:
         adjectives.insert(0, words[pace(scene)])
     noun = f"{', '.join(adjectives)} scene"
     text = f"a {noun} in {words[palette(scene)]} {teller.dialect.ground(scene.ground)}"
-    openings = ["{}", "the theme is {}"] if teller.terse else ["the mood is that of {}"]
+    openings = ["{}", "the theme is {}", "this is {}", "taken as a whole it is {}"]
+    if not teller.terse:
+        openings = ["the mood is that of {}", "all in all one sees {}"]
     return Caption(sentence(teller.one(openings).format(text)), (Form((), tuple(facts)),))
 
 

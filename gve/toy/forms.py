@@ -84,19 +84,19 @@ def tells(story: Story, clip: Clip) -> bool:
 
 
 def palette(scene: Scene) -> str:
-    """ "warm" or "cool" if every thing is, else "mixed"."""
+    """The word "warm" or "cool" if every thing is, else "mixed"."""
     colors = {thing.color for thing in scene.things}
     return "warm" if colors <= set(WARM) else "cool" if colors <= set(COOL) else "mixed"
 
 
 def density(scene: Scene) -> str:
-    """ "sparse" for one thing, "crowded" for four or more, else "moderate"."""
+    """The word "sparse" for one thing, "crowded" for four or more, else "moderate"."""
     count = len(scene.things)
     return "sparse" if count == 1 else "crowded" if count >= 4 else "moderate"
 
 
 def pace(scene: Scene) -> str:
-    """ "calm" if at most one thing happens, "busy" from four on, else "steady"."""
+    """The word "calm" if at most one thing happens, "busy" from four on, else "steady"."""
     count = sum(len(thing.events) for thing in scene.things)
     return "calm" if count <= 1 else "busy" if count >= 4 else "steady"
 

@@ -77,7 +77,7 @@ class Dialect:
 
 
 def join(phrases: Sequence[str], last: str = "and") -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """An enumeration: "a", "a and b", "a, b and c"."""
     if len(phrases) < 2:
         return "".join(phrases)
     return f"{', '.join(phrases[:-1])} {last} {phrases[-1]}"

@@ -39,7 +39,7 @@ PAINT = {
 }  # fmt: skip
 PATTERN_CONTRAST = 26  # levels between a pattern's two tones
 JPEG_QUALITY = 95
-X264 = {"preset": "veryfast", "crf": "15", "g": "16", "threads": "1"}
+X264 = {"preset": "veryfast", "crf": "15", "g": "16", "threads": "1", "x264-params": "log=-1"}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ FRAMES = 32  # of a clip of one scene; a scene inside a long clip takes half as 
 FPS = 8
 SLOTS = ((1, 6), (7, 12), (19, 24), (25, 30))  # first and last frame of each slot
 REST_FRAMES = (13, 18)  # everything is at home from the first to the last of these
+PICTURE_FRAME = 15  # the frame of a still picture
 SAMPLED_FRAMES = (0, 4, 9, 13, 18, 22, 27, 31)  # uniform(8) of 32 frames
 
 WARM = ("red", "orange", "yellow", "pink")
