@@ -35,8 +35,8 @@ MAX_CLIP_BYTES = 2 << 30
 # Demuxers that may open a file. The list keeps playlists out (hls, concat, image sequences): their text can make FFmpeg
 # read other files and addresses.
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,gif,flv,asf,m4v,h264,hevc,ivf"
-_DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "mpeg4"})
-_DECORD_FORMATS = frozenset({"mov", "matroska", "avi"})
+_DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
+_DECORD_FORMATS = frozenset({"mov", "matroska"})
 _DECORD_MIN_SIDE_PX = 32  # decord 0.6 gives a 96 px wide array for a 1 px wide video
 _ESTIMATED_LENGTH = frozenset({"mpegts", "mpeg", "mpegvideo", "m4v", "h264", "hevc"})  # no length in the header
 
@@ -122,35 +122,57 @@ def _scan(container: InputContainer, stream: VideoStream, name: str) -> _Timelin
 
     The header's count is no substitute: it is absent in MKV and WebM, and wrong beside edit lists and dropped frames.
     """
-    pts: list[int] = []
-    keys: list[int] = []
-    end_s, plain, exact = -np.inf, True, True
+    shown: dict[int, int] = {}  # time stamp: duration
+    keys: set[int] = set()
+    stored, packets, end_s, plain, stamped = 0, 0, -np.inf, True, True
     try:
         for packet in container.demux():
             if packet.pts is not None and packet.time_base is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream.index != stream.index or not packet.size:
+            if packet.stream.index != stream.index:
+                continue
+            stored += packet.pts is not None
+            if not packet.size:  # a dropped frame, or the end
                 continue
             if packet.pts is None:
-                exact = False
+                stamped = False
                 continue
             if packet.is_keyframe:
-                keys.append(packet.pts)
+                keys.add(packet.pts)
             if packet.is_discard:
                 plain = False
             elif stream.codec_context.name != "vp8" or bytes(packet)[0] & 0x10:  # the rest: VP8 frames never shown
-                pts.append(packet.pts)
+                shown[packet.pts] = packet.duration or 0
+                packets += 1
     except av.FFmpegError as error:
         reject(name, "truncated", f"its packets cannot be read to the end: {reason_of(error)}")
-    order = np.unique(np.array(pts, np.int64))
-    exact = exact and 0 < len(order) == len(pts) and stream.time_base is not None
-    times_s = (order - order[0]) * float(stream.time_base or 0) if exact else np.zeros(len(pts))
-    if container.duration and container.format.name.split(",")[0] not in _ESTIMATED_LENGTH:
-        claimed_s, start_s = container.duration / av.time_base, (container.start_time or 0) / av.time_base
-        longest_s = float(np.diff(times_s).max(initial=0.0))  # the last frame may be held as long, unmarked
-        if end_s - start_s < 0.9 * claimed_s - longest_s - 1.0:
-            reject(name, "truncated", f"its header claims {claimed_s:.1f} s, its data end at {end_s - start_s:.1f} s")
-    return _Timeline(order, times_s, np.unique(np.array(keys, np.int64)), _rate(stream, times_s), exact, plain)
+    pts, tick_s = np.array(sorted(shown), np.int64), float(stream.time_base or 0)
+    exact = stamped and 0 < len(pts) == packets and tick_s > 0
+    times_s = (pts - pts[0]) * tick_s if exact else np.zeros(len(pts))
+    _check_whole(container, stream, stored, end_s, float(np.diff(times_s).max(initial=0.0)), name)
+    last_s = shown[int(pts[-1])] * tick_s if exact else 0.0
+    known_keys = np.array(sorted(keys), np.int64)
+    return _Timeline(pts, times_s, known_keys, _rate(stream, times_s), exact, plain, last_s)
+
+
+def _check_whole(
+    container: InputContainer, stream: VideoStream, stored: int, end_s: float, longest_s: float, name: str
+) -> None:
+    """Refuses a file that is shorter than its header says.
+
+    Args:
+        stored: packets of the stream. The sample table of an MP4 is exact about them; other headers are not.
+        end_s: when the last packet of any stream ends.
+        longest_s: the longest that a frame is shown: the last one may last as long without saying so.
+    """
+    form = container.format.name.split(",")[0]
+    if form == "mov" and stored < stream.frames:
+        reject(name, "truncated", f"its header lists {stream.frames} frames, {stored} are there")
+    if not container.duration or form in _ESTIMATED_LENGTH:
+        return
+    claimed_s, present_s = container.duration / av.time_base, end_s - (container.start_time or 0) / av.time_base
+    if present_s < 0.9 * claimed_s - longest_s - 1.0:
+        reject(name, "truncated", f"its header claims {claimed_s:.1f} s, its data end at {present_s:.1f} s")
 
 
 def _rate(stream: VideoStream, times_s: np.ndarray) -> float:
@@ -226,7 +248,9 @@ def _gather(frames: Iterator[VideoFrame], count: int, name: str) -> np.ndarray:
         if upright.shape != pixels.shape[1:]:
             reject(name, "undecodable", f"its frame size changes from {pixels.shape[1:3]} to {upright.shape[:2]}")
         pixels[row] = upright
-    return pixels
+        if row + 1 == count:
+            return pixels
+    reject(name, "truncated", "fewer frames decode the second time")
 
 
 def _check_clip_size(count: int, height: int, width: int, name: str) -> None:
@@ -276,7 +300,7 @@ def _decode_decord(source: Source, stream: VideoStream, line: _Timeline, indices
             raise _DecordFailed(f"decord counts {len(reader)} frames, the packets hold {len(line)}")
         pixels = reader.get_batch(indices).asnumpy()
         del reader
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError) as error:
         raise _DecordFailed(str(error).partition("\n")[0]) from error
     if sorted(pixels.shape[1:3]) != sorted((stream.height, stream.width)):
         raise _DecordFailed(f"decord gives frames of shape {pixels.shape[1:]}")

@@ -81,8 +81,13 @@ class _Child:
             env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for the parent, which then closes the pipe
         )
-        with contextlib.suppress(EOFError, OSError):
+        try:
             self.ask({}, b"", 60.0)  # a first import may be slow, and is no fault of the file
+        except (EOFError, OSError) as error:
+            self.close()
+            raise RuntimeError(
+                f"the decoding child does not start; `{sys.executable} -m gve.video` says why"
+            ) from error
 
     def ask(self, head: dict[str, Any], body: bytes, timeout_s: float) -> tuple[dict[str, Any], np.ndarray]:
         """One request, one reply.
@@ -118,13 +123,11 @@ class _Child:
     def usable(self) -> bool:
         return self.served < CHILD_CLIPS and self._process.poll() is None
 
-    def exit_status(self) -> int:
-        return self._process.wait(10)
-
-    def close(self) -> None:
+    def close(self) -> int:
+        """Ends the child; returns its status, which is its own where it had died before."""
         self._process.kill()
-        self._process.wait()
         self.abandon()
+        return self._process.wait()
 
     def abandon(self) -> None:
         """Closes this process's ends of the pipes; the child leaves when all ends are closed."""
@@ -215,9 +218,10 @@ def _ask_child(source: Source, sampling: Sampling, timeout_s: float, backend: Ba
         child.close()
         reject(name, "timeout", f"decoding took more than {timeout_s:g} s")
     except (EOFError, OSError):
-        status = child.exit_status()
-        child.close()
-        reject(name, "crashed", f"the decoder died ({signal.Signals(-status).name if status < 0 else status})")
+        status = child.close()
+        reject(
+            name, "crashed", f"the decoder died by {signal.Signals(-status).name if status < 0 else f'exit {status}'}"
+        )
     except BaseException:  # KeyboardInterrupt: the reply is still on its way, so the child cannot be used again
         child.close()
         raise

@@ -14,8 +14,8 @@ import PIL.ImageOps
 from gve.video.source import MAX_PIXELS, MediaError, Source, called, check_exists, reason_of, reject
 
 _PICTURES = (
-    "JPEG", "MPO", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO",
-)  # fmt: skip  # not EPS and the like: Pillow hands those to outside programs
+    "JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO",
+)  # fmt: skip  # not EPS and the like: Pillow hands those to outside programs; MPO comes as JPEG
 
 # What Pillow's readers raise on damaged files.
 _PILLOW_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
@@ -48,7 +48,7 @@ def decode_image(source: Source | np.ndarray, name: str = "") -> np.ndarray:
             if picture.width * picture.height > MAX_PIXELS:
                 reject(name, "too-large", f"{picture.width}x{picture.height} px is more than {MAX_PIXELS} pixels")
             picture.load()
-            return np.asarray(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
+            return np.array(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
     except PIL.Image.DecompressionBombError as error:
         reject(name, "too-large", str(error))
     except PIL.UnidentifiedImageError:
@@ -73,11 +73,12 @@ def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 def _to_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Deep grey (modes I;16, I, F) to L, or to LA where one value is transparent. convert() would clip at 255."""
-    values = np.asarray(picture).astype(np.float64)
-    top = np.nanmax(values, initial=0.0)
-    white = 65535.0 if picture.mode != "F" else next((w for w in (1.0, 255.0, 65535.0) if top <= w), top)
-    white = max(white, top)  # 32-bit integers
-    grey = PIL.Image.fromarray(np.clip(np.nan_to_num(values) / white * 255.0, 0.0, 255.0).round().astype(np.uint8))
+    values = np.nan_to_num(np.asarray(picture).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    top = values.max()
+    # Floats state no white level: the first usual one that holds them. Integers are of 16 bits, unless they are larger.
+    usual = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
+    white = next((level for level in usual if top <= level), top)
+    grey = PIL.Image.fromarray(np.clip(values / white * 255.0, 0.0, 255.0).round().astype(np.uint8))
     clear = picture.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(PIL.Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

@@ -19,8 +19,8 @@ class MediaError(InputError):
 
     Args:
         message: one line that names the file and what is wrong with it.
-        reason: a slug: missing, empty, not-a-video, no-video-stream, undecodable, truncated, too-large, timeout,
-            crashed, out-of-memory, no-decoder, not-an-image.
+        reason: a slug: missing, unreadable, empty, not-a-video, no-video-stream, undecodable, truncated, too-large,
+            timeout, crashed, out-of-memory, no-decoder, not-an-image.
         name: the file, as the caller calls it.
     """
 
@@ -46,6 +46,8 @@ def check_exists(source: Source, name: str) -> None:
         size = len(source)
     elif not os.path.isfile(source):
         reject(name, "missing", "no such file")
+    elif not os.access(source, os.R_OK):
+        reject(name, "unreadable", "no permission to read it")
     else:
         size = os.path.getsize(source)
     if size == 0:
