@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -103,19 +103,30 @@ class PassOrder:
         self._starts = starts[:-1]
         held_out = np.diff(np.searchsorted(source.held_out, starts))
         self._sizes = source.shard_sizes - held_out
+        self._remember()
+
+    def _remember(self) -> None:
+        # A batch may touch two windows, and two passes: keep some more than that, each is small.
         self._shards = lru_cache(maxsize=4)(self._permute_shards)
         self._window = lru_cache(maxsize=4)(self._permute_window)
 
-    def __call__(self, first: int, count: int) -> list[tuple[int, int, int]]:
-        """Places [first, first + count) of the endless order, as (pass, position in the pass, row)."""
-        places = []
-        for place in range(first, first + count):
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shards", "_window")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remember()
+
+    def __call__(self, places: Iterable[int]) -> tuple[tuple[int, int, int], ...]:
+        """Places of the endless order, as (pass, position in the pass, row)."""
+        found = []
+        for place in places:
             number, position = divmod(place, self._source.size)
             _, bounds = self._shards(number)
             window = int(np.searchsorted(bounds, position, side="right")) - 1
             row = self._window(number, window)[position - int(bounds[window])]
-            places.append((number, position, int(row)))
-        return places
+            found.append((number, position, int(row)))
+        return tuple(found)
 
     def _permute_shards(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(len(self._sizes), self._seed, "shards", self._source.name, number)
@@ -215,21 +226,38 @@ class EpochPlan:
         source = self.sources[k]
         if source.batch % world:
             raise InputError(f"source {source.name}: global batch {source.batch} cannot be split over {world} ranks")
-        places = self._orders[k](int(self._first_row[step]), source.batch)
-        return Rows(self.epoch, step, k, tuple(places[rank::world]), key_of(self._seed, "step", self.epoch, step, rank))
-
-    def steps(self, worker: int = 0, workers: int = 1, rank: int = 0, world: int = 1) -> Iterator[Rows]:
-        """The steps that are left, in order; worker w of n gets each n-th of them."""
-        for step in range(self.first_step + worker, self.num_steps, workers):
-            yield self.rows(step, rank, world)
+        first = int(self._first_row[step])
+        places = self._orders[k](range(first + rank, first + source.batch, world))
+        return Rows(self.epoch, step, k, places, key_of(self._seed, "step", self.epoch, step, rank))
 
     def cursors(self, step: int) -> dict[str, int]:
-        """source -> rows drawn since the run began, when `step` steps of this epoch are done."""
+        """Source name -> rows drawn since the run began, when `step` steps of this epoch are done."""
         done = np.bincount(self.source_of[self.first_step : step], minlength=len(self.sources))
         return {
             source.name: self._cursors[source.name] + int(count) * source.batch
             for source, count in zip(self.sources, done, strict=True)
         }
+
+
+def hold_out(index: np.ndarray, count: int, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses the dev rows of a source by a seeded rule: the first rows of one permutation.
+
+    Args:
+        index: [rows, 2] uint64, content ids of query and target.
+        count: dev rows wanted; a source gives at most a tenth of its rows.
+        seed: of the run.
+        name: of the source.
+
+    Returns:
+        (dev rows, sorted; rows that must not be trained on, sorted: the dev rows and every copy of such a pair).
+    """
+    count = min(count, len(index) // 10)
+    if count <= 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    dev = np.sort(permutation(len(index), seed, "dev", name)[:count])
+    # An odd multiplier keeps the order of the two ids: (a, b) and (b, a) are two pairs. Overflow wraps, as meant.
+    pairs = index[:, 0] * np.uint64(0x9E3779B97F4A7C15) + index[:, 1]
+    return dev, np.flatnonzero(np.isin(pairs, pairs[dev]))
 
 
 def units_of(sources: Sequence[PlannedSource], unit: str) -> dict[str, list[int]]:
