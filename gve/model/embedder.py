@@ -209,9 +209,9 @@ class VideoEmbedder(L.LightningModule):
             ).mean_loss
             for what, value in (("loss", float(loss)), ("recall_at_1", _recall_at_1(query, target, ids))):
                 values[what].append(value)
-                self.log(f"val/{source}/{what}", value)
+                self.log(f"val/{source}/{what}", value, sync_dist=True)
         for what, each in values.items():
-            self.log(f"val/{what}", sum(each) / len(each), prog_bar=True)
+            self.log(f"val/{what}", sum(each) / len(each), prog_bar=True, sync_dist=True)
 
     def predict_step(self, batch: EmbedBatch, batch_idx: int) -> torch.Tensor:
         """Embeds B items: [B, D] float32 unit rows."""
