@@ -92,7 +92,7 @@ class UVRBEvaluation(L.Callback):
         num_workers: int = 0,
         memory_mb: int = 1024,
         store: bool = False,
-        resamples: int = 1000,
+        resamples: int = 10000,
     ) -> None:
         check_ablations(list(ablations))
         for name in sets or ():

@@ -75,7 +75,7 @@ class SetScore:
 
     def interval(self, resamples: int) -> tuple[float, float]:
         """95% interval of the value over queries."""
-        return score_interval(self.hits, self.replicates(resamples))
+        return score_interval(self.hits, self.clusters, self.replicates(resamples))
 
     def difference(self, other: SetScore, resamples: int) -> np.ndarray:
         """[resamples] bootstrap means of this score minus the other's, query by query."""

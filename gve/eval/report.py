@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Results:
     weights_hash: str = ""
     untrained_weights_hash: str = ""
     step: int = 0
-    resamples: int = 1000
+    resamples: int = 10000
 
     @property
     def abilities(self) -> dict[str, float | None]:
@@ -63,7 +64,8 @@ class Results:
         tags = {f"uvrb/{name}/{score.tested.record.metric}": score.value for name, score in self.scores.items()}
         return tags | {f"uvrb/ability/{name}": value for name, value in self.abilities.items() if value is not None}
 
-    def to_json(self) -> dict[str, Any]:
+    @cached_property
+    def data(self) -> dict[str, Any]:
         """The content of uvrb.json, plain values."""
         protocol = {
             "inputs": dict(self.inputs),
@@ -165,7 +167,7 @@ def _write(path: Path, content: bytes) -> None:
 def write_json(path: Path, results: Results) -> None:
     """Writes the results' JSON; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps(results.to_json(), indent=1) + "\n").encode())
+    _write(path, (json.dumps(results.data, indent=1) + "\n").encode())
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -218,7 +220,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def report(results: Results) -> str:
     """The text of report.md."""
-    data = results.to_json()
+    data = results.data
     lines = [
         "# UVRB report",
         "",
@@ -298,15 +300,16 @@ def _set_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _ablation_section(results: Results, data: Mapping[str, Any]) -> list[str]:
     """Each set's score under every ablation beside the ceiling that its data allow."""
-    kinds = list(results.ablations)
     ceilings = sorted({kind for row in data["sets"].values() for kind in row["ceilings"]})
-    if not kinds and not ceilings:
+    columns = []
+    for kind in dict.fromkeys([*results.ablations, *ceilings]):
+        columns += [(kind, "ablations", kind)] if kind in results.ablations else []
+        columns += [(f"{kind} ceiling", "ceilings", kind)] if kind in ceilings else []
+    if not columns:
         return []
-    head = ["set", "trained", *kinds, *(f"{kind} ceiling" for kind in ceilings), "chance"]
+    head = ["set", "trained", *(title for title, _, _ in columns), "chance"]
     rows = [
-        [name, _number(row["value"])]
-        + [_number(row["ablations"].get(kind)) for kind in kinds]
-        + [_number(row["ceilings"].get(kind)) for kind in ceilings]
+        [name, _number(row["value"]), *(_number(row[part].get(kind)) for _, part, kind in columns)]
         + [_number(row["chance"])]
         for name, row in data["sets"].items()
     ]
@@ -322,7 +325,7 @@ def _ablation_section(results: Results, data: Mapping[str, Any]) -> list[str]:
 
 def ability_table(results: Results) -> Table:
     """Abilities for the terminal: trained, untrained, chance."""
-    head, rows = _ability_table(results, results.to_json())
+    head, rows = _ability_table(results, results.data)
     table = Table(title=f"UVRB after {results.step} steps", title_justify="left")
     for place, name in enumerate(head):
         table.add_column(name, justify="left" if place == 0 else "right", no_wrap=True)

@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 def bootstrap_means(
-    scores: np.ndarray, clusters: np.ndarray | None = None, *, resamples: int = 1000, seed: int = 0, name: str = ""
+    scores: np.ndarray, clusters: np.ndarray | None = None, *, resamples: int = 10000, seed: int = 0, name: str = ""
 ) -> np.ndarray:
     """Means of resampled queries.
 
@@ -50,13 +50,13 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def score_interval(scores: np.ndarray, replicates: np.ndarray) -> tuple[float, float]:
-    """Percentile interval of a mean of scores in [0, 1].
+def score_interval(scores: np.ndarray, clusters: np.ndarray, replicates: np.ndarray) -> tuple[float, float]:
+    """Percentile interval of a mean of scores in [0, 1] from its bootstrap replicates.
 
     All hits or all misses resample to themselves, an interval of no width: there the exact binomial bound takes over
-    (Clopper-Pearson: with n misses out of n, the upper bound is 1 - (alpha / 2) ** (1 / n)).
+    (Clopper-Pearson: with n misses out of n clusters, the upper bound is 1 - (alpha / 2) ** (1 / n)).
     """
-    bound = ((1 - CONFIDENCE) / 2) ** (1 / len(scores))
+    bound = ((1 - CONFIDENCE) / 2) ** (1 / len(np.unique(clusters)))
     if np.all(scores == 0):
         return 0.0, 1 - bound
     if np.all(scores == 1):
