@@ -52,4 +52,6 @@ def _strip(item: Item) -> PILImage.Image:
     medium = item.media[0]
     path = Path(str(medium.source))
     pictures = [decode_image(path)] if isinstance(medium, Image) else list(decode(path, Sampling.uniform(8)).pixels)
+    for picture in pictures:
+        picture[:, -1] = 255  # a line between frames
     return PILImage.fromarray(np.concatenate(pictures, axis=1))

@@ -153,7 +153,7 @@ class Course:
             query, other = (captions.static(scene, self.teller).text for _ in range(2))
             captioned.append(Sample(Side(query), Side(other, image=_still(scene))))
         yield Source("toy_page", "T2TI", "Find the page, a picture with its text, on the subject.", tuple(captioned))
-        answers = [self._answer(scene) for scene in thirds[1] + thirds[2]]
+        answers = [self._answer(scene) for scene in [*thirds[1], *thirds[2]]]
         yield Source("toy_answer", "TI2T", "Find the answer to the question on the picture.", tuple(answers))
 
     def _answer(self, scene: Scene) -> Sample:
@@ -230,8 +230,8 @@ class Course:
         parts = []
         for clip in self._long():
             length = clip_frames(clip) // len(clip)
-            for scene in self.random.sample(range(len(clip)), 2):
-                start = scene * length + self.random.randint(0, 3)
+            for which in self.random.sample(range(len(clip)), 2):
+                start = which * length + self.random.randint(0, 3)
                 parts.append(Sample(Side(video=Shot(clip, start, start + 12)), Side(video=Shot(clip))))
         yield Source("toy_part", "V2V", find_record("LoVR-C2V").instruction, tuple(parts))
         # One clip of a group only: at rest all clips of a group look the same.
@@ -261,10 +261,10 @@ class Course:
             samples = []
             for panel in panel_queries(modality, max(3, round(24 * self.scale)), f"{self.seed}-{name}", training=True):
                 for query in panel.queries:
-                    foil = panel.clips[self.random.choice(query.fits_text_only + query.fits_media_only)]
+                    wrong = panel.clips[self.random.choice(query.fits_text_only + query.fits_media_only)]
                     asked = Side(query.text, query.image, query.video)
                     target = Side(video=Shot(panel.clips[query.positive]))
-                    samples.append(Sample(asked, target, (Side(video=Shot(foil)),)))
+                    samples.append(Sample(asked, target, (Side(video=Shot(wrong)),)))
             yield Source(name, f"{modality}2V", find_record(f"MS-{modality}").instruction, tuple(samples))
 
 
