@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -146,17 +147,17 @@ def test_positions_equal_installed_transformers_5(name: str) -> None:
     assert not torch.equal(released[:, real], expected[:, real])
 
 
-def test_true_times_follow_the_frames() -> None:
+def test_timestamps_follow_the_frames() -> None:
     """Variable rate, by hand: pairs at (0, 1), (1.5, 2), (8, 10) s -> means 0.5, 1.75, 9 -> 0, 1.25, 8.5 s after."""
     frames = Frames(
         np.zeros((6, 56, 56, 3), np.uint8), np.array([0, 1, 1.5, 2, 8, 10.0]), np.arange(0, 60, 10), 51, 5.0
     )
-    batch = builder(times="true")([Item.of(video=frames)])
+    batch = builder(times="timestamps")([Item.of(video=frames)])
     time = batch.position_ids[0, 0, batch.input_ids[0] == TINY.video_token]
     assert (time - time[0])[::4].tolist() == [0, 2, 17]
     shuffled = Frames(frames.pixels, frames.times_s[::-1], frames.indices, 51, 5.0)
     with pytest.raises(InputError, match="frame times fall"):
-        builder(times="true")([Item.of(video=shuffled)])
+        builder(times="timestamps")([Item.of(video=shuffled)])
 
 
 # ------------------------------------------------------------------------------------------------------------- prompt
@@ -553,7 +554,15 @@ def test_policy_round_trip_and_digest() -> None:
     assert InputPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
     assert InputPolicy.from_dict({}) == InputPolicy()
     assert policy.digest() == policy.replace().digest() != policy.replace(append_eos=False).digest()
-    assert len(policy.digest()) == 16
+    # The digest names stores and keys on disk, so it is SHA-256 of this text in every version with these fields.
+    written = (
+        '{"append_eos":true,"max_frame_tokens":200,"max_image_tokens":200,"max_length":1200,"min_frame_tokens":4,'
+        '"min_image_tokens":4,"padding_side":"right","positions":"released","sampling":{"fps":1.0,"kind":"fps",'
+        '"min_frames":4,"num_frames":8},"system_prompt":"You are a helpful assistant.","target_text":"",'
+        '"times":"released"}'
+    )
+    assert InputPolicy().digest() == hashlib.sha256(written.encode()).hexdigest()[:16]
+    assert InputPolicy(sampling=Sampling.every(1, 8)).digest() == InputPolicy().digest()
     for change, message in (
         ({"max_frames": 3}, "unknown key inputs.max_frames; known keys: sampling"),
         ({"sampling": {"kind": "uniform", "frames": 8}}, "unknown key inputs.sampling.frames"),

@@ -115,8 +115,8 @@ class InputBuilder:
     def prepare(self, item: Item) -> Prepared:
         """One item's tensors; media files are decoded in this process.
 
-        The user turn is: media in order, then instruction and text with one space between. (Text parts that stand
-        before a medium come after it, too: the released models were trained on that order.)
+        The user turn is: media in order, then instruction and text with one space between. Text follows all media,
+        wherever its parts stand.
 
         Raises:
             InputError: the item is empty, or its vision tokens and the template alone exceed `max_length`.
@@ -211,7 +211,7 @@ class InputBuilder:
         return self.collate([self.prepare(item) for item in items])
 
     def _encode(self, text: str) -> list[int]:
-        # split_special_tokens: "<|im_end|>" written by a user is seven ordinary tokens and cannot end the turn.
+        # split_special_tokens: "<|im_end|>" written by a user becomes ordinary tokens and cannot end the turn.
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _prompt(self, item: Item, visions: Sequence[VisionSpan]) -> tuple[list[int], list[int | VisionSpan], int]:

@@ -13,7 +13,7 @@ from gve.items import InputError
 from gve.video import Sampling
 
 PositionsRule = Literal["released", "transformers5"]
-TimesRule = Literal["released", "whole_seconds", "true"]
+TimesRule = Literal["released", "whole_seconds", "timestamps"]
 PaddingSide = Literal["right", "left"]
 
 
@@ -39,8 +39,8 @@ class InputPolicy:
         positions: where text after vision continues. "released": largest M-RoPE position so far + 1 (transformers
             4.49 to 4.57, vLLM). "transformers5": first vision position + max(height, width) of the merged grid.
         times: seconds between grid steps in M-RoPE. "released": 2 / sampled_fps, fractions kept (transformers 4.49 to
-            4.51, vLLM). "whole_seconds": the same cut to whole seconds (transformers 4.52 to 4.57). "true": the frames'
-            own times, exact on files with a variable rate.
+            4.51, vLLM). "whole_seconds": the same cut to whole seconds (transformers 4.52 to 4.57). "timestamps": the
+            frames' own times, exact on files with a variable rate.
         padding_side: side of the pad tokens in a batch; the embeddings do not depend on it.
 
     Raises:
@@ -74,7 +74,9 @@ class InputPolicy:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, safe for JSON, YAML and `torch.load(weights_only=True)`."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        values["sampling"]["fps"] = float(self.sampling.fps)  # 1 and 1.0 are one policy, so one digest
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> InputPolicy:

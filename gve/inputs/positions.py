@@ -42,10 +42,10 @@ def grid_times(frames: Frames, temporal_patch: int, rule: TimesRule) -> np.ndarr
         [T / temporal_patch] float32.
 
     Raises:
-        InputError: by the rule "true", times that fall.
+        InputError: by the rule "timestamps", times that fall.
     """
     steps = len(frames.indices) // temporal_patch
-    if rule == "true":
+    if rule == "timestamps":
         times = np.asarray(frames.times_s, np.float64).reshape(steps, temporal_patch).mean(axis=1)
         if np.any(np.diff(times) < 0):
             raise InputError(
