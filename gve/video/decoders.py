@@ -183,13 +183,25 @@ def _rate(stream: VideoStream, times_s: np.ndarray) -> float:
     return (len(times_s) - 1) / float(times_s[-1]) if len(times_s) > 1 and times_s[-1] > 0 else 1.0
 
 
+def _frames(container: InputContainer, stream: VideoStream, name: str) -> Iterator[VideoFrame]:
+    """Decoded frames from where the container stands.
+
+    FFmpeg goes on after a flipped bit with patched-up frames and flags the first of them only: a flag counts also on a
+    frame that nobody asked for, since others are built on it.
+    """
+    for frame in container.decode(stream):
+        if frame.is_corrupt:
+            reject(name, "garbled", f"the frame at {frame.time or 0.0:.2f} s is damaged")
+        yield frame
+
+
 def _walk(container: InputContainer, stream: VideoStream, name: str) -> _Timeline:
     """Decodes the whole stream: the slow judge for streams whose packets do not tell where their frames are."""
     shown: list[float] = []
     try:
-        for frame in container.decode(stream):
+        for frame in _frames(container, stream, name):
             shown.append(np.nan if frame.time is None else frame.time)
-    except (av.FFmpegError, ValueError) as error:
+    except av.FFmpegError as error:
         if not shown:
             reject(name, "undecodable", f"no frame decodes: {reason_of(error)}")
         reject(name, "truncated", f"only its first {len(shown)} frames decode: {reason_of(error)}")
@@ -208,7 +220,7 @@ def _walk(container: InputContainer, stream: VideoStream, name: str) -> _Timelin
 
 
 def _sought(
-    container: InputContainer, stream: VideoStream, line: _Timeline, indices: np.ndarray
+    container: InputContainer, stream: VideoStream, line: _Timeline, indices: np.ndarray, name: str
 ) -> Iterator[VideoFrame]:
     """The frames of rising `indices`, jumping over groups of pictures that hold none of them."""
     frames: Iterator[VideoFrame] = iter(())
@@ -218,7 +230,7 @@ def _sought(
         key = int(before[-1] if len(before) else line.pts[0])
         if here is None or key > here:
             container.seek(key, stream=stream)
-            frames = container.decode(stream)
+            frames = _frames(container, stream, name)
         for frame in frames:
             if frame.pts is None or frame.pts >= pts:
                 break
@@ -314,7 +326,7 @@ def _decode_all(source: Source, sampling: Sampling, name: str) -> Frames:
     indices = frame_indices(len(line), line.native_fps, sampling)
     needed = set(indices.tolist())
     with _opened(source, name) as (container, stream):
-        frames = (frame for index, frame in enumerate(container.decode(stream)) if index in needed)
+        frames = (frame for index, frame in enumerate(_frames(container, stream, name)) if index in needed)
         return _clip(_gather(frames, len(needed), name), line, indices)
 
 
@@ -326,13 +338,17 @@ def _clip(pixels: np.ndarray, line: _Timeline, indices: np.ndarray) -> Frames:
     return Frames(pixels, line.times_s[indices], indices, len(line), line.native_fps)
 
 
-def decode(source: Source, sampling: Sampling, *, backend: Backend = "auto", name: str = "") -> Frames:
+def decode(
+    source: Source, sampling: Sampling, *, backend: Backend = "auto", name: str = "", verify: bool = False
+) -> Frames:
     """Samples frames of a video in this process. For files that a build has verified; see `decode_guarded`.
 
     Args:
         source: path, or the bytes of a file.
         backend: "auto" takes decord where it is known to agree with PyAV, and PyAV otherwise and where decord fails.
         name: what to call the file in messages.
+        verify: decode the frames that decord gave by PyAV too, and refuse the file if one is damaged: decord shows
+            patched-up frames and says nothing. Costs a second decoding without conversion.
 
     Raises:
         MediaError: the file cannot be used; `reason` says why.
@@ -345,9 +361,12 @@ def decode(source: Source, sampling: Sampling, *, backend: Backend = "auto", nam
             _check_clip_size(len(indices), stream.height, stream.width, name)
             try:
                 clip = _clip(_decode_decord(source, stream, line, np.unique(indices), name), line, indices)
+                if verify:
+                    for _ in _sought(container, stream, line, np.unique(indices), name):
+                        pass
                 say_if_short(name, clip.num_frames, len(indices))
                 return clip
-            except _DecordFailed as error:
+            except (_DecordFailed, _NotSought, av.FFmpegError) as error:
                 if backend == "decord":
                     reject(name, "undecodable", f"decord cannot decode it: {error}")
                 logger.debug("%s: %s; PyAV takes it", name, error)
@@ -366,7 +385,7 @@ def _decode_seeking(
     indices = frame_indices(len(line), line.native_fps, sampling)
     distinct = np.unique(indices)
     try:
-        return _clip(_gather(_sought(container, stream, line, distinct), len(distinct), name), line, indices)
+        return _clip(_gather(_sought(container, stream, line, distinct, name), len(distinct), name), line, indices)
     except (_NotSought, av.FFmpegError):
         return None
 

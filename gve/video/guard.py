@@ -177,7 +177,7 @@ atexit.register(_pool.close)
 def decode_guarded(
     source: Source, sampling: Sampling, *, timeout_s: float = 30.0, backend: Backend = "auto", name: str = ""
 ) -> Frames:
-    """`decode` in a child process that is killed when it hangs, and whose crash or memory hunger ends only itself.
+    """`decode` with `verify` in a child process: killed when it hangs, and its crash or memory hunger ends only itself.
 
     With backend "auto", a file on which the child is lost is tried once more by PyAV alone. Thread-safe; works in
     DataLoader workers and after a fork.
@@ -261,7 +261,7 @@ def _answer(head: dict[str, Any], body: np.ndarray) -> tuple[dict[str, Any], mem
     source = head.get("path") or body.tobytes()
     name = head["name"]
     try:
-        clip = decode(source, Sampling(**head["sampling"]), backend=head["backend"], name=name)
+        clip = decode(source, Sampling(**head["sampling"]), backend=head["backend"], name=name, verify=True)
     except MediaError as error:
         return {"reason": error.reason, "message": str(error)}, memoryview(b"")
     except MemoryError:
