@@ -294,12 +294,13 @@ class PlanState:
     negatives: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able primitives."""
+        """JSON-able primitives: units are named once, and weights and scores are lists in their order."""
         state = asdict(self)
+        units = sorted({unit for values in (*self.weights.values(), *self.scores.values()) for unit in values})
         for name in ("weights", "scores"):
             newest = sorted(state[name], key=int)[-_STATE_EPOCHS:]
-            state[name] = {epoch: state[name][epoch] for epoch in newest}
-        return state
+            state[name] = {epoch: [state[name][epoch][unit] for unit in units] for epoch in newest}
+        return {**state, "units": units}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PlanState:
@@ -309,9 +310,13 @@ class PlanState:
             InputError: the fields are not those of this version.
         """
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"the checkpoint's data state is of another version: {error}") from error
+            state = dict(values)
+            units = state.pop("units")
+            for name in ("weights", "scores"):
+                state[name] = {epoch: dict(zip(units, row, strict=True)) for epoch, row in state[name].items()}
+            return cls(**state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"the checkpoint's data state is of another version: {error!r}") from error
 
     def check(self, seed: int, manifest: str, negatives: str = "") -> None:
         """Raises InputError unless the state belongs to this seed, these shards and these negatives."""

@@ -12,6 +12,7 @@ An index row is 40 bytes, five unsigned 64-bit numbers; the columns are OFFSET, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import mmap
@@ -276,7 +277,9 @@ class ShardWriter:
     def abort(self) -> None:
         """Removes what is not published; harmless after `close`."""
         if self._tar is not None:
-            self._stream.close()
+            with contextlib.suppress(OSError):  # the disk may be full, which is why we are here
+                self._tar.close()
+                self._stream.close()
             self._tar = None
         shutil.rmtree(self._staging, ignore_errors=True)
         self._remove_made()
@@ -351,9 +354,9 @@ class ShardWriter:
     def _remove_made(self) -> None:
         """Removes the folders this writer made, as long as they are empty."""
         for folder in self._made:
-            if folder == self.root:
-                (folder / ".manifest.lock").unlink(missing_ok=True)
             try:
+                if folder == self.root:
+                    (folder / ".manifest.lock").unlink(missing_ok=True)
                 folder.rmdir()
             except OSError:
                 return

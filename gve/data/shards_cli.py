@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from gve.data.build import REJECTS, BadRows, BuildOptions, build, check, stats
 from gve.data.manifest import Presample
@@ -135,7 +135,7 @@ def _stats(arguments: argparse.Namespace) -> int:
         print(json.dumps(numbers))
         return 0
     columns = ("task", "level", "samples", "shards", "bytes", "queries", "targets", "presample")
-    table = Table("source", *columns)
+    table = Table(Column("source", no_wrap=True), *columns)
     for name, row in numbers["sources"].items():
         table.add_row(name, *(str(row[column]) for column in columns))
     Console().print(table)
