@@ -122,11 +122,14 @@ class Pairs(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader([self.step(step) for step in range(self.steps)], batch_size=None)
+        return torch.utils.data.DataLoader(
+            [self.step(step) for step in range(self.steps)],  # type: ignore[arg-type]
+            batch_size=None,
+        )
 
     def val_dataloader(self) -> Any:
         batches = [self.dev("a", [0, 1, 2]), self.dev("a", [3, 4]), self.dev("b", [5, 6, 7])]
-        return torch.utils.data.DataLoader(batches, batch_size=None)
+        return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 class Losses(L.Callback):
@@ -223,7 +226,7 @@ class Half(Pairs):
 
     def val_dataloader(self) -> Any:
         batches = [batch for i, batch in enumerate(super().val_dataloader()) if i % 2 % self.world == self.rank]
-        return torch.utils.data.DataLoader(batches, batch_size=None)
+        return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
 def _fit_half(rank: int, world: int, base: str, folder: str, port: int) -> None:
@@ -349,8 +352,14 @@ def test_dev_recall_and_loss_by_hand(tmp_path: Path) -> None:
         batch("b", [0, 1], [3, 3], [True, True]),
     ]
     run, losses = trainer(tmp_path)
-    run.validate(model, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    run.validate(model, loader, verbose=False)
     found = losses.val[0]
+    (tested,) = run.test(model, loader, verbose=False)
+    assert tested == {name.replace("val/", "test/"): value for name, value in found.items()}
+    pairs = run.predict(model, loader)
+    assert pairs is not None
+    torch.testing.assert_close(pairs[0], torch.stack([table[[0, 1]], table[[3, 4]]], 1), atol=0, rtol=0)
     # a: query 0 (e0) -> target 3 (e0) right; query 1 (e0) -> target 4 (e1) wrong; query 2 ties between 5 and 6: 1/2;
     # query 6 (e3) -> target 6 (e3) right: (1 + 0 + 1/2 + 1) / 4. b: one distinct target, right for both.
     assert found["val/a/recall_at_1"] == pytest.approx(2.5 / 4)
@@ -373,9 +382,9 @@ def test_schedule_by_hand() -> None:
         assert settings.rate(step, 100) == pytest.approx(rate, abs=1e-12), step
     assert Optimizer().rate(0, 100) == 1
     assert Optimizer(schedule="constant").rate(99, 100) == 1
-    for bad in ({"lr": 0.0}, {"warmup_fraction": 1.0}):
+    for wrong in (lambda: Optimizer(lr=0), lambda: Optimizer(warmup_fraction=1.0)):
         with pytest.raises(InputError, match="lr must be > 0"):
-            Optimizer(**bad)
+            wrong()
 
 
 def test_settings_that_cannot_train_are_refused(base: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -137,6 +138,8 @@ class VideoEmbedder(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Start-up self-check on the terminal, rank 0."""
+        # Lightning warns of modules in eval mode; here they are the frozen tower, and the lines below say so.
+        warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
         for line in self.describe():
             rank_zero_info(line)
 
@@ -191,31 +194,22 @@ class VideoEmbedder(L.LightningModule):
                 }
 
     def on_validation_epoch_end(self) -> None:
-        """Logs val/loss and val/recall_at_1, the means over the sources, and both for each source.
+        """Logs val/loss and val/recall_at_1, the means over the sources, and both for each source."""
+        self._log_dev("val")
 
-        All dev pairs of a source are compared at once, so the values depend neither on the batch size nor on the
-        number of ranks.
-        """
-        rows = _merge_ranks(self._dev_rows)
-        self._dev_rows = {}
-        by_source: dict[str, list[dict[str, torch.Tensor]]] = defaultdict(list)
-        for key in sorted(rows):
-            by_source[key[0]].append(rows[key])
-        values: dict[str, list[float]] = defaultdict(list)
-        for source, pairs in by_source.items():
-            query, target, ids = (torch.stack([pair[name] for pair in pairs]) for name in ("query", "target", "ids"))
-            loss = info_nce(
-                query, target, temperature=self.temperature, content_ids=(ids[:, 0], ids[:, 1]), gather=False
-            ).mean_loss
-            for what, value in (("loss", float(loss)), ("recall_at_1", _recall_at_1(query, target, ids))):
-                values[what].append(value)
-                self.log(f"val/{source}/{what}", value, sync_dist=True)
-        for what, each in values.items():
-            self.log(f"val/{what}", sum(each) / len(each), prog_bar=True, sync_dist=True)
+    def test_step(self, batch: TrainBatch, batch_idx: int) -> None:
+        """As `validation_step`."""
+        self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: EmbedBatch, batch_idx: int) -> torch.Tensor:
-        """Embeds B items: [B, D] float32 unit rows."""
-        return self.backbone(batch)
+    def on_test_epoch_end(self) -> None:
+        """As `on_validation_epoch_end`, under test/."""
+        self._log_dev("test")
+
+    def predict_step(self, batch: EmbedBatch | TrainBatch, batch_idx: int) -> torch.Tensor:
+        """Embeds B items, [B, D], or both sides of B pairs, [B, 2, D]: float32 unit rows."""
+        if isinstance(batch, EmbedBatch):
+            return self.backbone(batch)
+        return torch.stack([self.backbone(batch.query), self.backbone(batch.target)], 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the trained weights only, and says what they belong to."""
@@ -254,6 +248,25 @@ class VideoEmbedder(L.LightningModule):
         ]
         if changed:
             rank_zero_warn(f"inputs differ from those the checkpoint was trained with: {', '.join(changed)}")
+
+    def _log_dev(self, stage: str) -> None:
+        """All dev pairs of a source are compared at once: neither batch size nor the number of ranks matters."""
+        rows = _merge_ranks(self._dev_rows)
+        self._dev_rows = {}
+        by_source: dict[str, list[dict[str, torch.Tensor]]] = defaultdict(list)
+        for key in sorted(rows):
+            by_source[key[0]].append(rows[key])
+        values: dict[str, list[float]] = defaultdict(list)
+        for source, pairs in by_source.items():
+            query, target, ids = (torch.stack([pair[name] for pair in pairs]) for name in ("query", "target", "ids"))
+            loss = info_nce(
+                query, target, temperature=self.temperature, content_ids=(ids[:, 0], ids[:, 1]), gather=False
+            ).mean_loss
+            for what, value in (("loss", float(loss)), ("recall_at_1", _recall_at_1(query, target, ids))):
+                values[what].append(value)
+                self.log(f"{stage}/{source}/{what}", value, sync_dist=True)
+        for what, each in values.items():
+            self.log(f"{stage}/{what}", sum(each) / len(each), prog_bar=True, sync_dist=True)
 
     def _log_training(self, result: InfoNCE, rows: int) -> None:
         # Already reduced over the ranks: every rank logs the same value, no second collective.
