@@ -328,24 +328,25 @@ def groups(
     seed: str,
     *,
     look: str = "A",
-    training: bool = False,
-    taken: set[object] | None = None,
+    refuse: Callable[[Clip], bool] = lambda clip: False,
 ) -> Iterator[Group]:
-    """Draw foil groups, no two with the same key.
+    """Draw foil groups, no two of which show the same things on the same ground.
 
     Args:
-        training: leave out groups that show anything held out.
-        taken: keys in use, extended here: what the group's first scene shows, without its nuisance and events.
+        refuse: a group with a clip of which this is true is left out.
+
+    Raises:
+        ValueError: there are not as many different groups.
     """
     make = Maker(seed, look)
-    taken = set() if taken is None else taken
+    taken: set[object] = set()
     found = 0
     for _ in range(count * 200):
         if found == count:
             return
         group = family(make)
         key = _key(group)
-        if key in taken or len(set(group)) < len(group) or (training and any(is_held_out(clip) for clip in group)):
+        if key in taken or len(set(group)) < len(group) or any(refuse(clip) for clip in group):
             continue
         taken.add(key)
         found += 1

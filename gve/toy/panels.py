@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gve.toy.captions import Teller
-from gve.toy.families import Maker, is_held_out, with_events
+from gve.toy.families import Maker, with_events
 from gve.toy.forms import Fact, Form, Noun, holds
 from gve.toy.language import DIALECTS
 from gve.toy.render import Shot, Still
@@ -207,12 +207,19 @@ KINDS: dict[str, tuple[Callable[[Maker], _Cross], ...]] = {
 }
 
 
-def panel_queries(modality: str, count: int, seed: str, *, look: str = "A", training: bool = False) -> Iterator[Panel]:
+def panel_queries(
+    modality: str,
+    count: int,
+    seed: str,
+    *,
+    look: str = "A",
+    refuse: Callable[[Clip], bool] = lambda clip: False,
+) -> Iterator[Panel]:
     """Draw panels for queries of text and image ("TI") or text and video ("TV").
 
     Args:
         modality: a key of KINDS; "still" has queries of text and image, and changes that a still picture shows.
-        training: leave out what is held out of training.
+        refuse: a panel with a clip or a reference of which this is true is left out.
     """
     make = Maker(seed, look)
     teller = Teller(DIALECTS[look], random.Random(f"{seed}-words"))
@@ -221,7 +228,7 @@ def panel_queries(modality: str, count: int, seed: str, *, look: str = "A", trai
         cross = KINDS[modality][found % len(KINDS[modality])](make)
         references = [cross.reference(i) for i in range(SIDE)]
         clips = tuple((cross.scene(i, c),) for i in range(SIDE) for c in range(SIDE))
-        if training and any(is_held_out(clip) for clip in (*clips, *((scene,) for scene in references))):
+        if any(refuse(clip) for clip in (*clips, *((scene,) for scene in references))):
             continue
         found += 1
         queries = []

@@ -16,7 +16,7 @@ from gve.toy import captions, families
 from gve.toy.captions import Caption, Teller
 from gve.toy.forms import Noun, tells
 from gve.toy.language import DIALECTS
-from gve.toy.panels import panel_queries
+from gve.toy.panels import Panel, panel_queries
 from gve.toy.render import Shot, Still
 from gve.toy.scenes import PICTURE_FRAME, Clip, Scene, clip_frames
 from gve.toy.uvrb import telling_frame
@@ -83,7 +83,7 @@ class Course:
     Args:
         seed: of the whole mixture.
         scale: share of the full sizes (about 4,200 clips and 9,000 pairs).
-        tested: clips of the test sets, as `shown`; no group with one of them is used.
+        tested: clips of the test sets, as `shown`; no training picture or clip shows one of them.
     """
 
     def __init__(self, seed: int, scale: float, tested: set[Clip]):
@@ -95,8 +95,15 @@ class Course:
         self, family: Callable[[families.Maker], families.Group], count: int, purpose: str
     ) -> list[families.Group]:
         wanted = max(2, round(count * self.scale))
-        drawn = families.groups(family, wanted, f"{self.seed}-{purpose}", training=True)
-        return [group for group in drawn if not any(shown(clip) in self.tested for clip in group)]
+        return list(families.groups(family, wanted, f"{self.seed}-{purpose}", refuse=self.refuse))
+
+    def panels(self, modality: str, count: int, purpose: str) -> list[Panel]:
+        wanted = max(3, round(count * self.scale))
+        return list(panel_queries(modality, wanted, f"{self.seed}-{purpose}", refuse=self.refuse))
+
+    def refuse(self, clip: Clip) -> bool:
+        """Whether training must not show the clip."""
+        return families.is_held_out(clip) or shown(clip) in self.tested
 
     def sources(self) -> Iterator[Source]:
         """All sources in the order of the pyramid."""
@@ -245,7 +252,7 @@ class Course:
     def composed(self) -> Iterator[Source]:
         """TI2I and TI2TI on still pictures, TI2V and TV2V on clips; the negative fits one side only."""
         stills, captioned = [], []
-        for panel in panel_queries("still", max(2, round(40 * self.scale)), f"{self.seed}-still", training=True):
+        for panel in self.panels("still", 40, "still"):
             for row, query in enumerate(panel.queries):
                 scene = panel.clips[query.positive][0]
                 foil = panel.clips[self.random.choice(query.fits_text_only + query.fits_media_only)][0]
@@ -259,7 +266,7 @@ class Course:
         yield Source("toy_edit_page", "TI2TI", ask, tuple(captioned))
         for modality, name in (("TI", "toy_change_ti"), ("TV", "toy_change_tv")):
             samples = []
-            for panel in panel_queries(modality, max(3, round(24 * self.scale)), f"{self.seed}-{name}", training=True):
+            for panel in self.panels(modality, 24, name):
                 for query in panel.queries:
                     wrong = panel.clips[self.random.choice(query.fits_text_only + query.fits_media_only)]
                     asked = Side(query.text, query.image, query.video)
