@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -33,19 +33,19 @@ class EvaluationInputs:
     """Where the evaluation's input policy differs from training's (paper: 8 uniform frames, 200 tokens each, 8192).
 
     Args:
-        num_frames: frames of every clip, spread evenly over it; even.
+        sampling: which frames of a clip are read.
         max_frame_tokens: upper limit of vision tokens for one frame before two frames are merged.
         max_length: tokens of one input.
     """
 
-    num_frames: int = 8
+    sampling: Sampling = field(default_factory=lambda: Sampling.uniform(8))
     max_frame_tokens: int = 200
     max_length: int = 8192
 
     def policy(self, trained: InputPolicy) -> InputPolicy:
         """The trained policy with these values in place."""
         return trained.replace(
-            sampling=Sampling.uniform(self.num_frames),
+            sampling=self.sampling,
             max_frame_tokens=self.max_frame_tokens,
             min_frame_tokens=min(trained.min_frame_tokens, self.max_frame_tokens),
             max_length=self.max_length,

@@ -21,7 +21,9 @@ from gve.inputs import InputBuilder, InputPolicy
 from gve.items import EmbedBatch, Image, InputError, Item, Part, Video
 from gve.model.backbone import Backbone
 
-MAX_GROUP = 64  # items a worker hands over at once
+# What a worker hands over at once, at most: 20 clips of 8 frames at 200 tokens are 600 MB of patches.
+GROUP_ITEMS = 64
+GROUP_TOKENS = 16384
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,9 +289,9 @@ class BackboneEncoder:
         groups: list[Rows] = []
         room = 0
         for row in sorted(rows, key=lambda row: -bounds[row]):
-            if room < bounds[row] or len(groups[-1]) == MAX_GROUP:
+            if room < bounds[row] or len(groups[-1]) == GROUP_ITEMS:
                 groups.append([])
-                room = max(self.batch_tokens, bounds[row])
+                room = max(self.batch_tokens, GROUP_TOKENS, bounds[row])
             groups[-1].append(row)
             room -= bounds[row]
         return groups

@@ -1,0 +1,247 @@
+"""Encoding by content: one vector per content and world, the store, the project's encoder on a tiny real model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from gve.encode.encoder import BackboneEncoder, Encoded, Transform, item_key
+from gve.encode.store import EmbeddingStore, encode_items
+from gve.eval.ablation import PixelAblation
+from gve.inputs import InputBuilder, InputPolicy
+from gve.items import Image, InputError, Item
+from gve.model.backbone import Backbone, Lora
+from gve.toy.base import write_base
+from gve.video import Sampling
+
+POLICY = InputPolicy(sampling=Sampling.uniform(4), max_length=512)
+
+
+class Counting:
+    """Vectors from the content alone; keeps what it was asked for."""
+
+    dim = 8
+    fingerprint = "c" * 64
+
+    def __init__(self, unreadable: Sequence[str] = ()) -> None:
+        self.unreadable, self.asked = unreadable, []
+
+    def encode(self, items: Sequence[Item], *, transform: Transform | None = None, progress: str = "") -> Encoded:
+        self.asked += [item.text for item in items]
+        vectors = np.full((len(items), self.dim), np.nan, np.float32)
+        for row, item in enumerate(items):
+            if item.text not in self.unreadable:
+                vectors[row] = np.random.default_rng(int(item_key(item)[:8], 16)).normal(size=self.dim)
+        return Encoded(vectors, {row: "torn" for row, item in enumerate(items) if item.text in self.unreadable})
+
+
+def texts(words: str) -> list[Item]:
+    return [Item.of(word, instruction="Find it." if word.isupper() else "") for word in words.split()]
+
+
+def test_each_content_once_and_never_again() -> None:
+    encoder, store = Counting(), EmbeddingStore(None, Counting.fingerprint)
+    result = encode_items(encoder, texts("a b a B b a"), store)
+    assert encoder.asked == ["a", "b", "B"]
+    np.testing.assert_array_equal(result.vectors[0], result.vectors[5])
+    assert not np.array_equal(result.vectors[1], result.vectors[3])  # the instruction is part of what is encoded
+    encode_items(encoder, texts("b c"), store)
+    assert encoder.asked == ["a", "b", "B", "c"]
+
+
+def test_unreadable_items_are_reported_and_tried_again() -> None:
+    encoder, store = Counting(unreadable=["b"]), EmbeddingStore(None, Counting.fingerprint)
+    gone = Item.of(video="/nowhere/clip.mp4")
+    result = encode_items(encoder, [*texts("a b b"), gone], store)
+    assert dict(result.failures) == {1: "torn", 2: "torn", 3: "missing: /nowhere/clip.mp4 (No such file or directory)"}
+    assert np.isnan(result.vectors[1:]).all()
+    assert np.isfinite(result.vectors[0]).all()
+    encode_items(encoder, texts("b"), store)
+    assert encoder.asked == ["a", "b", "b"]
+
+
+def test_silent_nan_stops_the_run() -> None:
+    class Broken(Counting):
+        def encode(self, items: Sequence[Item], *, transform: Transform | None = None, progress: str = "") -> Encoded:
+            return Encoded(np.full((len(items), self.dim), np.nan, np.float32))
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        encode_items(Broken(), texts("a"), EmbeddingStore(None, "x"))
+
+
+def test_store_survives_and_belongs_to_its_encoder(tmp_path: Path) -> None:
+    first = encode_items(Counting(), texts("a b"), EmbeddingStore(tmp_path, "1" * 64))
+    again = Counting()
+    store = EmbeddingStore(tmp_path, "1" * 64)
+    assert len(store) == 2
+    np.testing.assert_array_equal(encode_items(again, texts("a b"), store).vectors, first.vectors)
+    assert again.asked == []
+    assert len(EmbeddingStore(tmp_path, "2" * 64)) == 0
+    (part,) = (tmp_path / ("1" * 16)).iterdir()
+    part.write_bytes(part.read_bytes()[:40])
+    with pytest.raises(InputError, match="damaged"):
+        EmbeddingStore(tmp_path, "1" * 64)
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    encoder = Counting(unreadable=["d"])
+    result = encode_items(encoder, texts("a b c d e A b"), EmbeddingStore(Path(folder) / "store", encoder.fingerprint))
+    np.savez(f"{folder}/{rank}.npz", vectors=result.vectors, asked=encoder.asked, failed=sorted(result.failures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_share_the_work_and_hold_the_same(tmp_path: Path) -> None:
+    alone = encode_items(Counting(unreadable=["d"]), texts("a b c d e A b"), EmbeddingStore(None, "x"))
+    multiprocessing.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
+    asked = []
+    for rank in range(2):
+        with np.load(tmp_path / f"{rank}.npz") as saved:
+            np.testing.assert_array_equal(saved["vectors"], alone.vectors)
+            assert saved["failed"].tolist() == [3]
+            asked.append(saved["asked"].tolist())
+    assert asked == [["a", "c", "e"], ["b", "d", "A"]]  # each content on one rank
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == 1  # one writer
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+
+
+def write_clip(path: Path, seed: int) -> None:
+    """Twelve frames of 56 x 56, each of its own grey."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 56
+        stream.pix_fmt = "yuv420p"
+        for index in range(12):
+            shade = np.full((56, 56, 3), 20 * index + seed, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(shade, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    write_base(folder, ["a red circle moves left", "a blue square"])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def backbone(base: str) -> Backbone:
+    model = Backbone.from_pretrained(base, lora=Lora(rank=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.trainable_state().items():
+            if "lora_B" in name:  # zero at the start: without this the adapters would change nothing
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+    folder = tmp_path_factory.mktemp("media")
+    for seed in range(3):
+        write_clip(folder / f"{seed}.mp4", seed)
+    (folder / "torn.mp4").write_bytes((folder / "0.mp4").read_bytes()[:300])
+    picture = np.random.default_rng(0).integers(0, 255, (60, 80, 3)).astype(np.uint8)
+    return [
+        Item.of("a red circle moves left, then it moves back again", instruction="Find the video."),
+        Item.of(video=folder / "0.mp4"),
+        Item.of("a blue square"),
+        Item.of(video=folder / "torn.mp4", id="torn"),
+        Item.of("a red circle", video=folder / "1.mp4", instruction="Find the video."),
+        Item((Image(picture),)),
+        Item.of(video=folder / "2.mp4"),
+        Item.of(video=folder / "gone.mp4"),
+    ]
+
+
+def make(backbone: Backbone, base: str, **settings: int) -> BackboneEncoder:
+    return BackboneEncoder(backbone, InputBuilder.from_base(base, POLICY), **settings)
+
+
+def test_vectors_are_the_backbones_and_do_not_depend_on_batching(
+    backbone: Backbone, base: str, items: list[Item]
+) -> None:
+    encoder = make(backbone, base)
+    result = encoder.encode(items)
+    assert sorted(result.failures) == [3, 7]
+    assert "torn.mp4" in result.failures[3]
+    assert result.failures[7].startswith("missing: ")
+    readable = [row for row in range(len(items)) if row not in result.failures]
+    backbone.eval()
+    with torch.no_grad():
+        expected = np.concatenate([backbone(encoder.builder([items[row]])).numpy() for row in readable])
+    backbone.train()
+    np.testing.assert_allclose(result.vectors[readable], expected, atol=2e-6)
+    assert np.isnan(result.vectors[[3, 7]]).all()
+    # One item a batch, decoded in a worker process: the same.
+    small = make(backbone, base, batch_tokens=1, num_workers=1).encode(items)
+    np.testing.assert_allclose(small.vectors, result.vectors, atol=2e-6)
+    assert small.failures == result.failures
+    # Negative control: the comparison sees one frame in another place.
+    shuffled = encoder.encode(items, transform=PixelAblation("shuffled"))
+    moved = np.abs(shuffled.vectors - result.vectors).max(1) > 2e-6
+    assert moved[[1, 4, 6]].all()
+    assert not moved[[0, 2, 5]].any()
+
+
+def test_encoding_disturbs_nothing(backbone: Backbone, base: str, items: list[Item]) -> None:
+    backbone.train()
+    backbone.model.language_model.layers[1].eval()  # a mode that no train() or eval() call would give back
+    modes = [module.training for module in backbone.modules()]
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    weights = {name: value.clone() for name, value in backbone.state_dict().items()}
+    encoder = make(backbone, base, num_workers=1)
+    first = encoder.encode(items[:3]).vectors
+    np.testing.assert_array_equal(first, encoder.encode(items[:3]).vectors)  # dropout is off
+    encoder.untrained().encode(items[:3])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert random.getstate() == states[2]
+    assert [module.training for module in backbone.modules()] == modes
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
+    backbone.train()
+
+
+def test_untrained_is_the_base_and_reuses_what_was_prepared(
+    backbone: Backbone, base: str, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = make(backbone, base, memory_bytes=1 << 20)
+    trained = encoder.encode(items)
+    plain = make(Backbone.from_pretrained(base, lora=None), base)
+    expected = plain.encode(items)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the untrained pass must not decode or run the tower")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gve.video.decode_guarded", refuse)
+        patched.setattr(backbone, "media_features", refuse)
+        untrained = encoder.untrained().encode(items)
+        again = encoder.encode(items)
+    readable = [0, 1, 2, 4, 5, 6]
+    np.testing.assert_allclose(untrained.vectors[readable], expected.vectors[readable], atol=2e-6)
+    np.testing.assert_array_equal(again.vectors, trained.vectors)
+    assert untrained.failures == again.failures == trained.failures
+    assert np.abs(trained.vectors[readable] - untrained.vectors[readable]).max(1).min() > 1e-3
+    assert encoder.fingerprint != encoder.untrained().fingerprint
+
+
+def test_fingerprint_follows_weights_and_policy(backbone: Backbone, base: str) -> None:
+    encoder = make(backbone, base)
+    other = BackboneEncoder(backbone, InputBuilder.from_base(base, POLICY.replace(max_length=600)))
+    before = encoder.fingerprint
+    assert before == make(backbone, base).fingerprint != other.fingerprint
+    weight = next(value for name, value in backbone.trainable_state().items() if "lora_B" in name)
+    with torch.no_grad():
+        weight[0, 0] += 1e-3
+    assert encoder.fingerprint != before
