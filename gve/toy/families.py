@@ -38,7 +38,7 @@ from gve.toy.scenes import (
 Group = tuple[Clip, ...]
 Choice = TypeVar("Choice")
 
-HELD_OUT_ORDERS = {("hop left", "hop up"), ("hop down", "hop right"), ("blink", "swell"), ("shrink", "hop up")}
+HELD_OUT_ORDERS = {("hop left", "hop up"), ("blink", "swell")}
 LOOK_ALIKE = {frozenset(pair) for pair in (("black", "navy"), ("black", "brown"), ("brown", "olive"))}
 ROW = ((0, 1), (1, 1), (2, 1))
 COLUMN = ((1, 0), (1, 1), (1, 2))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import product
 from typing import Any
 
 from gve.toy.scenes import COOL, WARM, Clip, Scene, Thing
@@ -24,8 +24,11 @@ class Noun:
     size: str = ""
 
     def fits(self, thing: Thing) -> bool:
-        asked = (self.color, self.shape, self.size)
-        return all(not a or a == b for a, b in zip(asked, (thing.color, thing.shape, thing.size), strict=True))
+        return (
+            (not self.color or self.color == thing.color)
+            and (not self.shape or self.shape == thing.shape)
+            and (not self.size or self.size == thing.size)
+        )
 
     def __or__(self, other: Noun) -> Noun:
         return Noun(self.color or other.color, self.shape or other.shape, self.size or other.size)
@@ -66,16 +69,19 @@ Story = tuple[Form, ...]  # what a clip's scenes show, in order
 
 def holds(form: Form, scene: Scene) -> bool:
     """Whether the scene makes the form true."""
-    free = [fact for fact in form.facts if not fact.who]
-    if not all(TESTS[fact.kind](scene, (), fact.value) for fact in free):
+    candidates = []
+    for noun in form.nouns:
+        candidates.append([thing for thing in scene.things if noun.fits(thing)])
+        if not candidates[-1]:  # most pairs of a query and a clip end here
+            return False
+    if not all(TESTS[fact.kind](scene, (), fact.value) for fact in form.facts if not fact.who):
         return False
     bound = [fact for fact in form.facts if fact.who]
-    for things in permutations(scene.things, len(form.nouns)):
-        if all(noun.fits(thing) for noun, thing in zip(form.nouns, things, strict=True)) and all(
-            TESTS[fact.kind](scene, [things[i] for i in fact.who], fact.value) for fact in bound
-        ):
-            return True
-    return False
+    return any(
+        len({id(thing) for thing in things}) == len(things)
+        and all(TESTS[fact.kind](scene, [things[i] for i in fact.who], fact.value) for fact in bound)
+        for things in product(*candidates)
+    )
 
 
 def tells(story: Story, clip: Clip) -> bool:
