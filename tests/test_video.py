@@ -242,17 +242,17 @@ def manifest(real: Path, folder: str) -> list[dict]:
 
 
 def test_every_real_video_decodes(real: Path) -> None:
-    """Frame counts, upright sizes and lengths against the manifest, which PyAV's full decoding recorded."""
+    """Counts, upright sizes and lengths against the manifest, recorded by a full decoding. 12 s of a core."""
     for record in manifest(real, "good"):
         path = real / record["file"]
-        info, clip = probe(path), decode_guarded(path, Sampling.uniform(4))
+        info, clip = probe(path), decode(path, Sampling.uniform(2))
         size = (record["coded_height"], record["coded_width"])
         upright = size[::-1] if record["rotation_deg_ccw"] % 180 else size
         assert clip.num_frames == info.num_frames == record["frames_decoded_pyav"], path.name
         assert clip.pixels.shape[1:3] == (info.height, info.width) == upright, path.name
         assert info.rotation_deg == record["rotation_deg_ccw"] % 360, path.name
         assert (info.codec, info.native_fps) == (record["codec"], pytest.approx(ratio(record["fps_average"])))
-        assert clip.indices.tolist() == frame_indices(info.num_frames, info.native_fps, Sampling.uniform(4)).tolist()
+        assert clip.indices.tolist() == [0, info.num_frames - 1]
         assert clip.times_s[0] == 0.0
         assert (np.diff(clip.times_s) >= 0).all()
         if record["duration_s"]:
