@@ -62,7 +62,10 @@ def oracle(sets: Sequence[RetrievalSet]) -> Fake:
     vectors = dict(zip(keys, np.eye(len(keys), dtype=np.float32), strict=True))
     for tested in sets:
         for query, rows in zip(tested.queries, tested.positives, strict=True):
-            vectors[item_key(query)] = sum(vectors[item_key(tested.corpus[row])] for row in rows) / len(rows) ** 0.5
+            answers = np.zeros(len(keys), np.float32)
+            for row in rows:
+                answers += vectors[item_key(tested.corpus[row])] / len(rows) ** 0.5
+            vectors[item_key(query)] = answers
     fake = Fake(vectors)
     fake.dim = len(keys)
     return fake
@@ -174,6 +177,23 @@ def test_reader_reads_the_released_layout(sets: list[RetrievalSet]) -> None:
     # One file, one object in all sets: it is hashed once.
     assert by_name["MSRVTT"].corpus[4].media[0] is by_name["VDC-D"].corpus[4].media[0]
     assert not text.published_size
+    assert not any(tested.notes for tested in sets)
+
+
+def test_reader_notes_what_makes_scores_doubtful(tmp_path: Path) -> None:
+    world = write_world(tmp_path / "w")
+    edit(world, "LoVR-C2V", "queries", {"video": "../media/3.mp4"})
+    edit(world, "CRB-G", "queries", {"text": "CRB-G words 5"})
+    edit(world, "CRB-S", "instances", {"pos": []})
+    reader = UVRBReader(world)
+    assert reader.read("LoVR-C2V").notes == ("1 queries show a file that is also in the corpus",)
+    assert reader.read("CRB-G").notes == ("1 queries repeat another; UVRB counts distinct ones",)
+    assert reader.read("CRB-S").notes == ()  # its second row still names a positive
+    path = world / "CRB-S" / "jsonl" / "instances.jsonl"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if '"q0"' not in line))
+    lonely = reader.read("CRB-S")
+    assert lonely.notes == ("1 queries have no positive and count as misses",)
+    assert evaluate(oracle([lonely]), [lonely])["CRB-S"].hits.tolist() == [0.0] + [1.0] * (Q - 1)
 
 
 def edit(world: Path, name: str, listing: str, change: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -142,32 +143,45 @@ class UVRBEvaluation(L.Callback):
         encoder = self._encoder_of(pl_module)
         with _undisturbed(), trainer.precision_plugin.forward_context():
             scores = evaluate(encoder, sets, progress="uvrb")
-        results = self._results(trainer, encoder, scores)
-        self._publish(trainer, pl_module, results)
+        results = self._results(trainer.global_step, encoder, scores)
+        # From every rank: the values are equal already, and a monitor must find its key on all of them.
+        pl_module.log_dict(results.metrics(), sync_dist=False, rank_zero_only=False)
+        self._draw(trainer, results)
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "uvrb" / f"step_{trainer.global_step}.json"
-            write_json(path, results)
+            write_json(Path(trainer.default_root_dir) / "uvrb" / f"step_{results.step}.json", results)
 
     def _in_full(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         encoder = self._encoder_of(pl_module)
         folder = Path(trainer.default_root_dir) / "embeddings" if self.store else None
-        ablations: dict[str, Scores] = {}
         with _undisturbed(), trainer.precision_plugin.forward_context():
             store = EmbeddingStore(folder, encoder.fingerprint)
-            scores = evaluate(encoder, self._sets, store, progress="uvrb")
-            base = encoder.untrained()
-            kept = EmbeddingStore(folder, base.fingerprint)
-            untrained = evaluate(base, self._sets, kept, progress="uvrb, untrained") if self.untrained else {}
-            for name in self.ablations:
-                ablations[name] = evaluate(encoder, self._sets, store, ablation=name, progress=f"uvrb, {name}")
-        results = self._results(trainer, encoder, scores, untrained, ablations)
-        self._publish(trainer, pl_module, results)
+            scores = self._pass(encoder, store)
+            untrained: Scores = {}
+            if self.untrained:
+                base = encoder.untrained()
+                untrained = self._pass(base, EmbeddingStore(folder, base.fingerprint), "untrained")
+            ablations = {name: self._pass(encoder, store, name, ablation=name) for name in self.ablations}
+        results = self._results(_trained_steps(trainer), encoder, scores, untrained, ablations)
+        # Loggers get the step of the weights; Lightning would file all of a validate run under step 0.
+        pl_module.log_dict(results.metrics(), logger=False, sync_dist=False, rank_zero_only=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(results.metrics(), results.step)
+        self._draw(trainer, results)
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            write_report(folder, results)
+            root = Path(trainer.default_root_dir)
+            write_report(root, results)
             Console().print(ability_table(results))
-            rank_zero_info(f"UVRB report: {folder / 'report.md'}")
+            rank_zero_info(f"UVRB report: {root / 'report.md'}")
         trainer.strategy.barrier()
+
+    def _pass(
+        self, encoder: BackboneEncoder, store: EmbeddingStore, title: str = "model", ablation: str = ""
+    ) -> Scores:
+        """All sets once, with a bar on the terminal and a line that stays in logs."""
+        start = time.monotonic()
+        scores = evaluate(encoder, self._sets, store, ablation=ablation, progress=f"uvrb, {title}")
+        rank_zero_info(f"uvrb, {title}: {len(scores)} sets in {time.monotonic() - start:.0f} s")
+        return scores
 
     def _encoder_of(self, pl_module: L.LightningModule) -> BackboneEncoder:
         """One encoder for the whole run: its memory serves every epoch, as the tower never changes."""
@@ -186,7 +200,7 @@ class UVRBEvaluation(L.Callback):
 
     def _results(
         self,
-        trainer: L.Trainer,
+        step: int,
         encoder: BackboneEncoder,
         scores: Scores,
         untrained: Scores | None = None,
@@ -199,17 +213,21 @@ class UVRBEvaluation(L.Callback):
             inputs=encoder.builder.policy.to_dict(),
             weights_hash=encoder.weights_hash,
             untrained_weights_hash=encoder.untrained().weights_hash,
-            step=trainer.global_step,
+            step=step,
             resamples=self.resamples,
         )
 
-    def _publish(self, trainer: L.Trainer, pl_module: L.LightningModule, results: Results) -> None:
-        """Logs from every rank: the values are equal already, and a monitor must find its key on all of them."""
-        for tag, value in results.metrics().items():
-            pl_module.log(tag, value, sync_dist=False, rank_zero_only=False)
+    def _draw(self, trainer: L.Trainer, results: Results) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_figure("uvrb/radar", radar(results), trainer.global_step)
+                logger.experiment.add_figure("uvrb/radar", radar(results), results.step)
+
+
+def _trained_steps(trainer: L.Trainer) -> int:
+    """Optimizer steps behind the weights: validate and test load a checkpoint without its counters."""
+    if trainer.ckpt_path is None or not Path(trainer.ckpt_path).is_file():
+        return trainer.global_step
+    return int(torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 @contextmanager

@@ -308,11 +308,10 @@ def _ablation_section(results: Results, data: Mapping[str, Any]) -> list[str]:
     if not columns:
         return []
     head = ["set", "trained", *(title for title, _, _ in columns), "chance"]
-    rows = [
-        [name, _number(row["value"]), *(_number(row[part].get(kind)) for _, part, kind in columns)]
-        + [_number(row["chance"])]
-        for name, row in data["sets"].items()
-    ]
+    rows = []
+    for name, row in data["sets"].items():
+        shown = [_number(row[part].get(kind)) for _, part, kind in columns]
+        rows.append([name, _number(row["value"]), *shown, _number(row["chance"])])
     return [
         "## The same weights, shown less",
         "",

@@ -395,6 +395,11 @@ class UVRBReader:
             notes.append("no candidate lists: ranked against the whole corpus, not comparable with P@1 of a pool")
         if unanswered := sum(not rows for rows in positives):
             notes.append(f"{unanswered} queries have no positive and count as misses")
+        shown = {id(medium) for item in corpus for medium in item.media}
+        if leaks := sum(any(id(medium) in shown for medium in item.media) for item in queries):
+            notes.append(f"{leaks} queries show a file that is also in the corpus")
+        if repeats := len(queries) - len({(item.text, *map(id, item.media)) for item in queries}):
+            notes.append(f"{repeats} queries repeat another; UVRB counts distinct ones")
         facts_file = folder / "set.json"
         facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
         media = {medium.name: medium for item in (*queries, *corpus) for medium in item.media}
