@@ -116,7 +116,8 @@ class _Child:
             raise
         finally:
             timer.cancel()
-        self.served += 1
+            timer.join()
+        self.served = CHILD_CLIPS if late.is_set() else self.served + 1  # killed just after it had answered
         return reply
 
     @property
@@ -190,9 +191,9 @@ def decode_guarded(
     """
     name = called(source, name)
     check_exists(source, name)
-    attempts: tuple[Backend, ...] = ("auto", "pyav") if backend == "auto" and decoders.DECORD_AVAILABLE else (backend,)
-    if backend == "auto" and not decoders.DECORD_AVAILABLE:
-        attempts = ("pyav",)
+    attempts: tuple[Backend, ...] = (backend,)
+    if backend == "auto":
+        attempts = ("auto", "pyav") if decoders.DECORD_AVAILABLE else ("pyav",)
     for attempt in attempts:
         try:
             clip = _ask_child(source, sampling, timeout_s, attempt, name)
@@ -219,9 +220,8 @@ def _ask_child(source: Source, sampling: Sampling, timeout_s: float, backend: Ba
         reject(name, "timeout", f"decoding took more than {timeout_s:g} s")
     except (EOFError, OSError):
         status = child.close()
-        reject(
-            name, "crashed", f"the decoder died by {signal.Signals(-status).name if status < 0 else f'exit {status}'}"
-        )
+        cause = signal.Signals(-status).name if status < 0 else f"exit {status}"
+        reject(name, "crashed", f"the decoder died by {cause}")
     except BaseException:  # KeyboardInterrupt: the reply is still on its way, so the child cannot be used again
         child.close()
         raise
