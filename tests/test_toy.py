@@ -39,7 +39,7 @@ from gve.toy.scenes import (
     still_state,
 )
 from gve.toy.toy_cli import main
-from gve.toy.training import Course, shown
+from gve.toy.training import Mixture, shown
 from gve.toy.uvrb import Builder, Query, best_hit_rate, hit_rate
 from gve.toy.world import Request, make_world
 from gve.video import Sampling, decode
@@ -300,12 +300,16 @@ def test_chance_and_ceilings_are_what_the_foils_were_built_for(sets):
     assert ceilings["CRB-S"]["static"] == 1.0  # arrangement is seen in any frame
     assert ceilings["MS-TV"]["static"] == pytest.approx(0.25)
     assert ceilings["CMRB"]["static"] < 0.55  # ten places of twenty-one clips that look alike
+    # Shuffled frames: three of the four orders hold the same frames, the one that repeats a move is alone.
+    assert ceilings["CRB-T"]["shuffled"] == pytest.approx((3 * 1 / 3 + 1) / 4)
+    assert ceilings["DiDeMo"]["shuffled"] == 1.0  # which events there are needs no order
+    assert all(found["static"] <= found["shuffled"] for found in ceilings.values())
 
 
 def test_training_shows_nothing_held_out_and_no_tested_clip(sets):
     tested = {shown(clip) for mini in sets.values() for clip in mini.corpus}
     assert any(families.is_held_out(clip) for clip in tested)
-    sources = list(Course(0, 0.1, tested).sources())
+    sources = list(Mixture(0, 0.1, tested).sources())
     assert {source.task for source in sources} == set(TASKS)
     clips = {
         medium.clip if isinstance(medium, Shot) else (medium.scene,)

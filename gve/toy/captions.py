@@ -119,6 +119,15 @@ def _relation_sentence(scene: Scene, one: int, other: int, teller: Teller) -> st
     return sentence(f"{d.noun(_noun(first), 'the')} is {relation} {d.noun(_noun(second), 'the')}")
 
 
+def _arrangement(things: Sequence[Thing], nouns: Sequence[Noun], teller: Teller) -> tuple[str, Fact]:
+    """The first two things, brought in by how they stand to each other."""
+    d = teller.dialect
+    fact = Fact(_relation(things[0], things[1]), who=(0, 1))
+    openings = ["{a} is {r} {b}", "there is {a} {r} {b}"] if teller.terse else ["one sees {a} {r} {b}"]
+    text = teller.one(openings).format(a=d.noun(nouns[0]), r=d.relations[fact.kind], b=d.noun(nouns[1]))
+    return sentence(text), fact
+
+
 def spatial(scene: Scene, teller: Teller) -> Caption:
     """Where the things are, and nothing of what they do, as in CaReBench's spatial captions."""
     d = teller.dialect
@@ -126,10 +135,8 @@ def spatial(scene: Scene, teller: Teller) -> Caption:
     teller.random.shuffle(order)
     things = [scene.things[i] for i in order]
     nouns = tuple(_noun(thing, sized=teller.coin(0.3)) for thing in things)
-    facts = [Fact(_relation(things[0], things[1]), who=(0, 1))]
-    relation = d.relations[facts[0].kind]
-    openings = ["{a} is {r} {b}", "there is {a} {r} {b}"] if teller.terse else ["one sees {a} {r} {b}"]
-    sentences = [sentence(teller.one(openings).format(a=d.noun(nouns[0]), r=relation, b=d.noun(nouns[1])))]
+    opening, fact = _arrangement(things, nouns, teller)
+    sentences, facts = [opening], [fact]
     for who in teller.random.sample(range(len(things)), teller.random.randint(0, len(things))):
         facts.append(Fact("at", things[who].place, (who,)))
         sentences.append(sentence(f"{d.noun(_noun(things[who]), 'the')} is {d.at(things[who].place)}"))
@@ -168,23 +175,16 @@ def temporal(scene: Scene, teller: Teller) -> Caption:
 
 def general(scene: Scene, teller: Teller) -> Caption:
     """Where and when together, as in CaReBench's full captions."""
-    where = spatial(scene, teller)
     d = teller.dialect
-    nouns = tuple(_noun(thing) for thing in scene.things)
-    text, fact = _order_clause(scene, nouns, teller, "the")
-    places = tuple(Fact("at", thing.place, (i,)) for i, thing in enumerate(scene.things))
-    told = [sentence(f"{d.noun(noun, 'the')} is {d.at(t.place)}") for noun, t in zip(nouns, scene.things, strict=True)]
-    # The spatial form numbers its nouns in its own order: both forms name each thing, so each claim stands alone.
-    relation = _relation(scene.things[0], scene.things[1])
-    facts = (*places, Fact(relation, who=(0, 1)), Fact("ground", scene.ground), fact)
-    opening = where.text.split(". ")[0].rstrip(".") + "."
+    nouns = tuple(_noun(thing, sized=teller.coin(0.3)) for thing in scene.things)
+    opening, arranged = _arrangement(scene.things, nouns, teller)
+    named = tuple(_noun(thing) for thing in scene.things)
+    ending, ordered = _order_clause(scene, named, teller, "the")
+    places = [sentence(f"{d.noun(n, 'the')} is {d.at(t.place)}") for n, t in zip(named, scene.things, strict=True)]
     ground = sentence(f"they stand {d.ground(scene.ground)}")
-    nouns = tuple(n | _size_of(n, where.story[0].nouns) for n in nouns)
-    return Caption(" ".join([opening, *told, ground, text]), (Form(nouns, facts),))
-
-
-def _size_of(noun: Noun, told: Sequence[Noun]) -> Noun:
-    return next((other for other in told if (other.color, other.shape) == (noun.color, noun.shape)), Noun())
+    at = (Fact("at", thing.place, (i,)) for i, thing in enumerate(scene.things))
+    facts = (arranged, *at, Fact("ground", scene.ground), ordered)
+    return Caption(" ".join([opening, *places, ground, ending]), (Form(nouns, facts),))
 
 
 def main_object(scene: Scene, teller: Teller) -> Caption:

@@ -8,6 +8,7 @@ of colour and shape and the held-out successions of events.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -201,7 +202,7 @@ def camera(make: Maker) -> Group:
     return _filmed(make, make.ground(PATTERNS[1:]), [*cameras, (first, second)], 1)
 
 
-def cameras(make: Maker) -> Group:
+def many_cameras(make: Maker) -> Group:
     """Two scenes on one ground, seventeen cameras and four mimics each: more than the ten places that R@10 looks at.
 
     Five of the cameras film both scenes, so that their captions have two positives.
@@ -320,6 +321,12 @@ def _long_scene(make: Maker) -> Scene:
     places = make.pick(CELLS, 2)
     first, second = make.things(places, ["large", make.one(SIZES)])
     return make.scene((first, second))
+
+
+def own_scenes(clips: Sequence[Clip]) -> list[int]:
+    """For each clip the index of its first scene that none of the others has."""
+    counts = Counter(scene for clip in clips for scene in clip)
+    return [next(i for i, scene in enumerate(clip) if counts[scene] == 1) for clip in clips]
 
 
 def groups(

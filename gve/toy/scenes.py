@@ -146,8 +146,7 @@ def view_pose(scene: Scene, time: float) -> Pose:
 
 def still_state(scene: Scene) -> tuple[object, ...]:
     """All that the middle frame tells: equal states cannot be told apart from it."""
-    things = sorted((thing.color, thing.shape, thing.size, thing.place) for thing in scene.things)
-    return (scene.look, scene.ground, *things)
+    return (scene.look, scene.ground, *sorted(_appearance(thing) for thing in scene.things))
 
 
 def middle_scene(clip: Clip) -> Scene:
@@ -166,6 +165,24 @@ def scene_times(clip: Clip) -> Iterator[tuple[Scene, int]]:
     for scene in clip:
         for time in range(0, FRAMES, 1 if len(clip) == 1 else 2):
             yield scene, time
+
+
+def shuffled_state(clip: Clip) -> tuple[object, ...]:
+    """All that the eight sampled frames tell when their order is lost."""
+    timeline = list(scene_times(clip))
+    sampled = [timeline[round(i * (len(timeline) - 1) / 7)] for i in range(8)]
+    return tuple(sorted((_frame_state(scene, time) for scene, time in sampled), key=repr))
+
+
+def _frame_state(scene: Scene, time: int) -> tuple[object, ...]:
+    """What one frame shows, in whole pixels."""
+    things = [(_appearance(thing), _rounded(thing_pose(thing, time))) for thing in scene.things]
+    return (scene.look, scene.ground, _rounded(view_pose(scene, time)), *sorted(things))
+
+
+def _rounded(pose: Pose) -> tuple[float, ...]:
+    # A thing that is not to be seen is nowhere in particular; + 0.0 makes -0.0 the same as 0.0.
+    return (round(pose.dx) + 0.0, round(pose.dy) + 0.0, round(pose.scale, 1)) if pose.visible else ()
 
 
 def shows(scene: Scene, picture: Scene, time: int, tolerance_px: float = 4.0) -> bool:

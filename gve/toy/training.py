@@ -77,7 +77,7 @@ def shown(clip: Clip) -> Clip:
     return tuple(replace(scene, nuisance=0) for scene in clip)
 
 
-class Course:
+class Mixture:
     """Makes the sources.
 
     Args:
@@ -235,11 +235,12 @@ class Course:
         samples = tuple(Sample(Side(image=still), Side(video=Shot(c))) for still, c in zip(frames, moving, strict=True))
         yield Source("toy_frame", "I2V", find_record("MSRVTT-I2V").instruction, samples)
         parts = []
-        for clip in self._long():
+        long = self._long()
+        for clip, which in zip(long, families.own_scenes(long), strict=True):
             length = clip_frames(clip) // len(clip)
-            for which in self.random.sample(range(len(clip)), 2):
-                start = which * length + self.random.randint(0, 3)
-                parts.append(Sample(Side(video=Shot(clip, start, start + 12)), Side(video=Shot(clip))))
+            for start in self.random.sample(range(4), 2):  # a shared scene would answer to five long videos
+                part = Shot(clip, which * length + start, which * length + start + 12)
+                parts.append(Sample(Side(video=part), Side(video=Shot(clip))))
         yield Source("toy_part", "V2V", find_record("LoVR-C2V").instruction, tuple(parts))
         # One clip of a group only: at rest all clips of a group look the same.
         single = [group[0] for group in self.groups(families.events, 300, "pairs of frames")]

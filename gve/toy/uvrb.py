@@ -1,9 +1,9 @@
 """The mini UVRB: sixteen sets with the names, query forms, pool rules and metrics of the real ones, made of toy clips.
 
-Every number that bounds a score follows from the scenes: chance by its formula, the static ceiling as the best score
-of any ranking that cannot tell clips with the same middle frame apart, the single-sided ceilings of composed queries
-as the best score of a judge that reads only the text or only the picture. Relevance is the checker run over the whole
-gallery, so an oracle scores 1.0.
+Every number that bounds a score follows from the scenes: chance by its formula; the static ceiling as the best score
+of any ranking that cannot tell clips with the same middle frame apart, the shuffled one with the same eight frames in
+any order; the single-sided ceilings of composed queries as the best score of a judge that reads one side only.
+Relevance is the checker run over the whole gallery, so an oracle scores 1.0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
@@ -23,7 +23,7 @@ from gve.toy.forms import tells
 from gve.toy.language import DIALECTS
 from gve.toy.panels import Composed, panel_queries
 from gve.toy.render import Shot, Still
-from gve.toy.scenes import SAMPLED_FRAMES, SLOTS, Clip, clip_frames, middle_scene, shows, still_state
+from gve.toy.scenes import SAMPLED_FRAMES, SLOTS, Clip, clip_frames, middle_scene, shows, shuffled_state, still_state
 
 MEDIA = "../media"  # one folder for all sets, seen from a set's own
 
@@ -76,17 +76,27 @@ class MiniSet:
 
     def ceilings(self) -> dict[str, float]:
         """Best expected scores of judges that lack something; see the module."""
-        k = find_record(self.name).k
-        states = [still_state(middle_scene(clip)) for clip in self.corpus]
+        middle = _numbered(still_state(middle_scene(clip)) for clip in self.corpus)
+        bag = _numbered(shuffled_state(clip) for clip in self.corpus)
         found = {
-            "static": _mean(best_hit_rate([(row, states[row]) for row in self._pool(q)], q, k) for q in self.queries)
+            "static": self._best(lambda query, row: middle[row]),
+            "shuffled": self._best(lambda query, row: bag[row]),
         }
         if self.queries[0].pool:
-            for side in ("text", "media"):
-                fits = [q.fits_text if side == "text" else q.fits_media for q in self.queries]
-                pairs = list(zip(self.queries, fits, strict=True))
-                found[f"{side}_only"] = _mean(best_hit_rate([(r, r in f) for r in q.pool], q, k) for q, f in pairs)
+            found["text_only"] = self._best(lambda query, row: row in query.fits_text)
+            found["media_only"] = self._best(lambda query, row: row in query.fits_media)
         return found
+
+    def _best(self, told: Callable[[Query, int], object]) -> float:
+        """Mean best score of a judge to whom the rows of a pool differ only in what `told` returns."""
+        k = find_record(self.name).k
+        return _mean(best_hit_rate([(row, told(q, row)) for row in self._pool(q)], q, k) for q in self.queries)
+
+
+def _numbered(states: Iterable[object]) -> list[int]:
+    """A small number per distinct state: states are deep, and counted once per query."""
+    numbers: dict[object, int] = {}
+    return [numbers.setdefault(state, len(numbers)) for state in states]
 
 
 def hit_rate(corpus: int, positives: int, k: int) -> float:
@@ -208,7 +218,7 @@ def _vdc(builder: Builder) -> Iterator[MiniSet]:
 
 
 def _camerabench(builder: Builder) -> Iterator[MiniSet]:
-    corpus = builder.gallery(families.cameras, 5, 210)
+    corpus = builder.gallery(families.many_cameras, 5, 210)
     copies = len(corpus) // 50
     corpus += corpus[:copies]  # exact duplicates: a query of one has the other as a positive too
     yield builder.ask("CMRB", "camera", corpus, 145, exact_duplicates=copies)
@@ -240,8 +250,7 @@ def _keywords(builder: Builder) -> Iterator[MiniSet]:
 def _long(builder: Builder) -> Iterator[MiniSet]:
     corpus = builder.gallery(families.long, 40, 200)
     teller = builder.teller("LoVR-V")
-    counts = Counter(scene for clip in corpus for scene in clip)
-    own = [next(i for i, scene in enumerate(clip) if counts[scene] == 1) for clip in corpus]
+    own = families.own_scenes(corpus)
     told = [captions.story(clip, teller) for clip in corpus[: builder.size(43)]]
     # A reader of the first w words meets the fact that tells a video from its foils, or does not.
     reach = [_words_to(caption.text, scene) for caption, scene in zip(told, own, strict=False)]

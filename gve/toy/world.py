@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gve.eval.uvrb import SETS
 from gve.items import InputError
 from gve.toy.render import Shot, Still, render_all
-from gve.toy.training import Course, Source, shown
+from gve.toy.training import Mixture, Source, shown
 from gve.toy.uvrb import Builder, MiniSet, write_set
 
 VERSION = 1  # of the generator: raise it when the same request would give other files
@@ -36,8 +36,7 @@ class Request:
 
     Args:
         seed: of scenes, words and weights.
-        scale: share of the full training mixture, 1.0 for about 10,000 pairs; above 2 the galleries stay as they are
-            and training groups begin to repeat words.
+        scale: share of the full training mixture, 1.0 for about 10,000 pairs.
         test_scale: share of the mini UVRB's sizes; below 1 its sets are for tests of code only.
         dialect: of the test sets. "A" is the trained one (held-out scenes), "B" is the transfer.
     """
@@ -82,7 +81,7 @@ def make_world(out: str | Path, request: Request | None = None, *, jobs: int = 2
     with Progress(*columns, disable=not progress, transient=True) as bar:
         sets = Builder(request.seed, request.dialect, request.test_scale).build()
         tested = {shown(clip) for mini in sets for clip in mini.corpus}
-        sources = list(Course(request.seed, request.scale, tested).sources())
+        sources = list(Mixture(request.seed, request.scale, tested).sources())
         _write_base(partial / "base", sources, request.seed)
         counts = {"uvrb": _write_uvrb(partial / "uvrb", sets, jobs, bar)}
         counts["shards"] = _write_shards(partial / "shards", sources, jobs, bar)
