@@ -269,7 +269,7 @@ class _Listing:
             else:
                 parts.append((Image if kind == "image" else Video)(self._path.parent / value, name=value))
         if not parts:
-            raise RowError("an item holds nothing", "empty")
+            raise RowError("an item holds nothing", "empty-item")
         if "parts" not in content:  # media stand before text, whatever order the keys have
             parts.sort(key=lambda part: ["Image", "Video", "Text"].index(type(part).__name__))
         return Item(tuple(parts), self._text(instruction) if instruction else "")
@@ -277,7 +277,7 @@ class _Listing:
     def _text(self, text: str) -> str:
         words = len(text.split())
         if words == 0:
-            raise RowError("a text is empty", "empty")
+            raise RowError("a text is empty", "empty-text")
         if words > self._options.max_words:
             raise RowError(f"a text of {words} words, max_words is {self._options.max_words}", "too-long")
         try:

@@ -244,7 +244,7 @@ class StepLoader:
         num_steps: length that is told to Lightning: steps of a whole epoch, done ones included.
         num_workers: processes that build.
         rank, world: this process and how many there are.
-        timeout_s: a step that takes longer counts as a lost worker.
+        timeout_s: a worker that is waited for longer than this is killed.
     """
 
     def __init__(
@@ -273,9 +273,9 @@ class StepLoader:
             stream = self._start(steps, first)
             while step < steps.num_steps:
                 try:
-                    batch = next(stream)
+                    batch = self._next(stream, (step - first) % max(self._num_workers, 1))
                 except RuntimeError as error:
-                    self._bury(steps, (step - first) % max(self._num_workers, 1), error, lost)
+                    self._bury(steps, error, lost)
                     break
                 self._build.quarantine.account(batch)
                 step = batch.step + 1
@@ -296,7 +296,6 @@ class StepLoader:
             dataset,
             batch_size=None,
             num_workers=self._num_workers,
-            timeout=self._timeout_s if self._num_workers else 0,
             pin_memory=torch.cuda.is_available(),
         )
         stream = iter(loader)
@@ -308,29 +307,41 @@ class StepLoader:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return stream
 
-    def _bury(self, steps: Steps, worker: int, error: RuntimeError, lost: Counter[str]) -> None:
-        """Names the samples that lost workers were at, and quarantines those that were lost before.
+    def _next(self, stream: Iterator[TrainBatch], worker: int) -> TrainBatch:
+        """The next batch; a worker that owes it for too long is killed, which then counts as its death.
 
-        `worker` is the one that owes the next batch.
+        (DataLoader's own timeout would hide the death of a worker until it has passed.)
+        """
+        watch = threading.Timer(self._timeout_s, self._kill, [worker])
+        watch.daemon = True
+        if self._num_workers:
+            watch.start()
+        try:
+            return next(stream)
+        finally:
+            watch.cancel()
+
+    def _kill(self, worker: int) -> None:
+        process, _, row = self._build.in_flight[worker].tolist()
+        if row >= 0:
+            log.warning("a loader worker took more than %g s at one step; it is killed", self._timeout_s)
+            os.kill(process, signal.SIGKILL)
+
+    def _bury(self, steps: Steps, error: RuntimeError, lost: Counter[str]) -> None:
+        """Names the samples that lost workers were at, and quarantines those that were lost before.
 
         Raises:
             RuntimeError: the error tells of no lost worker, or a worker died outside any sample.
         """
-        message = str(error)
-        dead = re.search(r"worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly", message)
-        if dead:
-            pids = {int(pid) for pid in dead.group(1).split(",")}
-            places = [place for place in self._build.in_flight.tolist() if place[0] in pids and place[2] >= 0]
-        elif "timed out" in message and self._num_workers:
-            places = [self._build.in_flight.tolist()[worker]]
-        else:
-            raise error
-        if not places or min(place[2] for place in places) < 0:
+        dead = re.search(r"worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly", str(error))
+        pids = {int(pid) for pid in dead.group(1).split(",")} if dead else set()
+        places = [place for place in self._build.in_flight.tolist() if place[0] in pids]
+        if not places:
             raise error
         for _, at, row in places:
             rows = steps.rows(at, self._rank, self._world)
             key = self._build.sources[rows.source].key(row)
             lost[key] += 1
-            log.warning("a loader worker was lost at sample %s (%s); it is started again", key, message.split(";")[0])
+            log.warning("a loader worker was lost at sample %s; it is started again", key)
             if lost[key] > 1:
                 self._build.quarantine.add(key, rows.epoch, at, "a loader worker was lost at it twice")

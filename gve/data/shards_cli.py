@@ -147,6 +147,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr, fed with (done, total)."""
     columns: tuple[Any, ...] = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
