@@ -33,7 +33,92 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+MUTANTS = (
+    Mutant(
+        "gather detached",
+        "gve/model/infonce.py",
+        "        dist.reduce_scatter_single(own, gradient.contiguous())\n        return own",
+        "        return own.zero_()",
+        ("tests/test_infonce.py",),
+    ),
+    Mutant(
+        "o_proj in LoRA",
+        "gve/model/backbone.py",
+        '("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "down_proj")',
+        '("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")',
+        ("tests/test_backbone.py", "tests/test_configs.py"),
+    ),
+    Mutant(
+        "pool at -2",
+        "gve/model/backbone.py",
+        "pooled = states[rows, batch.pool_index]",
+        "pooled = states[rows, batch.pool_index - 1]",
+        ("tests/test_backbone.py",),
+    ),
+    Mutant(
+        "wrong positions rule",
+        "gve/inputs/positions.py",
+        'if rule == "transformers5" else',
+        'if rule != "transformers5" else',
+        ("tests/test_inputs.py",),
+    ),
+    Mutant(
+        "one-sided loss",
+        "gve/model/infonce.py",
+        "(query_loss + target_loss) / 2",
+        "query_loss",
+        ("tests/test_infonce.py",),
+    ),
+    Mutant(
+        "tie sign",
+        "gve/encode/topk.py",
+        "np.count_nonzero(candidates > best)",
+        "np.count_nonzero(candidates >= best)",
+        ("tests/test_retrieval.py",),
+    ),
+    Mutant(
+        "duplicate mask off",
+        "gve/model/infonce.py",
+        "    return readable & ~(own[:, None, :2] == columns[None, :, :2]).any(-1)",
+        "    return readable",
+        ("tests/test_infonce.py",),
+    ),
+    Mutant(
+        "tower in train mode",
+        "gve/model/backbone.py",
+        "        self.model.visual.eval()",
+        "        self.model.visual.train(mode)",
+        ("tests/test_backbone.py",),
+    ),
+    Mutant(
+        "odd frames",
+        "gve/video/sampling.py",
+        "sampling.num_frames)) // 2 * 2",
+        "sampling.num_frames))",
+        ("tests/test_video.py",),
+    ),
+    Mutant(
+        "no window shuffle",
+        "gve/data/plan.py",
+        '        return rows[permutation(len(rows), self._seed, "window", self._source.name, number, window)]',
+        "        return rows",
+        ("tests/test_plan.py",),
+    ),
+    Mutant(
+        "EXIF off",
+        "gve/video/pictures.py",
+        "PIL.ImageOps.exif_transpose(picture)",
+        "picture",
+        ("tests/test_video.py",),
+    ),
+    Mutant(
+        "levels reversed",
+        "gve/data/curriculum.py",
+        "    return TASKS[task]",
+        "    return 4 - TASKS[task]",
+        ("tests/test_curriculum.py",),
+    ),
+)
 
 
 def plant(mutant: Mutant, folder: Path) -> None:
