@@ -170,10 +170,8 @@ def main() -> int:
             if not verdict and arguments.full:
                 verdict = caught(folder, ("tests",))
         hits += bool(verdict)
-        print(
-            f"{'caught' if verdict else 'MISSED':<7}{mutant.name:<28}{time.monotonic() - start:5.0f} s  {verdict[:120]}",
-            flush=True,
-        )
+        seconds = time.monotonic() - start
+        print(f"{'caught' if verdict else 'MISSED':<7}{mutant.name:<24}{seconds:5.0f} s  {verdict[:110]}", flush=True)
     print(f"{hits} of {len(chosen)} faults caught")
     return 0 if hits >= min(REQUIRED, len(chosen)) else 1
 
