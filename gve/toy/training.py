@@ -109,11 +109,12 @@ class Mixture:
         """All sources in the order of the pyramid."""
         scenes = [clip[0] for group in self.groups(families.detail, 160, "pictures") for clip in group[:4]]
         scenes += [group[i][0] for group in self.groups(families.care, 120, "pictures") for i in (0, 4)]
+        scenes += [group[0][0] for group in self.groups(families.coarse, 200, "pictures")]  # the easy ones
         self.random.shuffle(scenes)
         yield self.paraphrases()
         yield from self.pictures(scenes)
         yield from self.clips()
-        yield from self.moments(scenes)
+        yield from self.moments()
         yield from self.composed()
 
     def told(
@@ -227,7 +228,7 @@ class Mixture:
         ]
         return Source("toy_story", "T2V", find_record("LoVR-V").instruction, tuple(samples))
 
-    def moments(self, scenes: Sequence[Scene]) -> Iterator[Source]:
+    def moments(self) -> Iterator[Source]:
         """I2V, V2V and I2I: a part asks for its whole, or for another part."""
         moving = [clip for group in self.groups(families.coarse, 100, "toy_short") for clip in group]
         moving += [clip for group in self.groups(families.events, 40, "events") for clip in group]
