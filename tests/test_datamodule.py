@@ -428,6 +428,9 @@ def test_a_lost_worker_is_started_again(
     key = open_sources(shards)[module.sources[step.source]].key(step.places[1][2])
     killer = Killer(StepBuilder._read, key, tmp_path / "fuse" if "once" in case else None, "hangs" in case)
     monkeypatch.setattr(StepBuilder, "_read", lambda *words: killer(*words))
+    # torch looks for dead workers every 5 s; the test need not wait that long.
+    looks = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(looks, "__defaults__", (0.2,))
     if killer.hang:
         start = StepLoader.__init__
         monkeypatch.setattr(StepLoader, "__init__", lambda *words, **named: start(*words, **named, timeout_s=2.0))

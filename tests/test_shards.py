@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import multiprocessing
+import os
 import pickle
 import re
-import subprocess
-import sys
+import signal
 import threading
 import time
 from pathlib import Path
@@ -248,13 +249,16 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_leaves_is_invisible_and_removed(tmp_path: Path) -> None:
-    code = (
-        "import os, sys; from gve.data.shards import ShardWriter; from gve.items import Item, Pair\n"
-        "w = ShardWriter(sys.argv[1], task='T2T', source='web'); w.write(Pair(Item.of('a'), Item.of('b')))\n"
-        "os.kill(os.getpid(), 9)"
-    )
+    def die() -> None:
+        writer = ShardWriter(tmp_path, task="T2I", source="web")
+        writer.write(pair(0))
+        os.kill(os.getpid(), signal.SIGKILL)
+
     write(tmp_path, 2, "old")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=60)
+    child = multiprocessing.get_context("fork").Process(target=die)
+    child.start()
+    child.join(30)
+    assert child.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".staging-*"))) == 1
     assert list(open_sources(tmp_path)) == ["old"]
     assert "interrupted build" in check(tmp_path)[0]

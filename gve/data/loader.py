@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
-import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -274,7 +275,7 @@ class StepLoader:
             while step < steps.num_steps:
                 try:
                     batch = self._next(stream, (step - first) % max(self._num_workers, 1))
-                except RuntimeError as error:
+                except (RuntimeError, OSError, EOFError) as error:
                     self._bury(steps, error, lost)
                     break
                 self._build.quarantine.account(batch)
@@ -327,15 +328,23 @@ class StepLoader:
             log.warning("a loader worker took more than %g s at one step; it is killed", self._timeout_s)
             os.kill(process, signal.SIGKILL)
 
-    def _bury(self, steps: Steps, error: RuntimeError, lost: Counter[str]) -> None:
-        """Names the samples that lost workers were at, and quarantines those that were lost before.
+    def _bury(self, steps: Steps, error: Exception, lost: Counter[str]) -> None:
+        """Names the samples that dead workers were at, and quarantines those that were lost before.
+
+        The error itself says little: torch's RuntimeError, or a broken connection where a finished batch of the dead
+        worker could not be fetched any more; and the code's own errors look the same.
 
         Raises:
-            RuntimeError: the error tells of no lost worker, or a worker died outside any sample.
+            Exception: the error, when no worker died inside a sample.
         """
-        dead = re.search(r"worker \(pid\(s\) ([\d, ]+)\) exited unexpectedly", str(error))
-        pids = {int(pid) for pid in dead.group(1).split(",")} if dead else set()
-        places = [place for place in self._build.in_flight.tolist() if place[0] in pids]
+        places: list[list[int]] = []
+        deadline = time.monotonic() + 2.0  # a broken connection may be seen before the death behind it
+        while self._num_workers and not places and time.monotonic() < deadline:
+            alive = {child.pid for child in multiprocessing.active_children()}
+            places = [place for place in self._build.in_flight.tolist() if place[0] >= 0 and place[0] not in alive]
+            if isinstance(error, RuntimeError):
+                break
+            time.sleep(0.02)
         if not places:
             raise error
         for _, at, row in places:

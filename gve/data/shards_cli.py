@@ -134,10 +134,10 @@ def _stats(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(numbers))
         return 0
-    columns = ("task", "level", "samples", "shards", "bytes", "queries", "targets", "presample")
-    table = Table(Column("source", no_wrap=True), *columns)
+    columns = ("task", "level", "samples", "shards", "queries", "targets", "presample")
+    table = Table(Column("source", no_wrap=True), *columns, "MB")
     for name, row in numbers["sources"].items():
-        table.add_row(name, *(str(row[column]) for column in columns))
+        table.add_row(name, *(str(row[column]) for column in columns), f"{row['bytes'] / 1e6:.1f}")
     Console().print(table)
     print(f"{numbers['samples']} samples, {numbers['bytes'] / 1e6:.1f} MB")
     return 0
