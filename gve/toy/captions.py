@@ -152,7 +152,7 @@ def _order_clause(scene: Scene, nouns: Sequence[Noun], teller: Teller, article: 
     links = teller.random.choice(
         [("first", "then", "and last"), ("to begin with", "next", "and in the end")]
         if teller.terse
-        else [("at the start", "after that", "and at the end")]
+        else [("at the start", "after that", "and at the end"), ("in the beginning", "a little later", "and finally")]
     )
     clauses: list[str] = []
     told: list[int] = []
@@ -226,7 +226,7 @@ def camera(scene: Scene, teller: Teller) -> Caption:
     verb, ground = d.camera(scene.camera), d.ground(scene.ground)
     openings = ["The camera {v}. The scene is {g}.", "In this shot {g}, the camera {v}."]
     if not teller.terse:
-        openings = ["What is filmed is {g}, and the camera {v}."]
+        openings = ["What is filmed is {g}, and the camera {v}.", "The camera {v}, and all is {g}."]
     text = teller.one(openings).format(v=verb, g=ground)
     return Caption(text, (Form((), (Fact("camera", scene.camera), Fact("ground", scene.ground))),))
 
@@ -243,7 +243,7 @@ def theme(scene: Scene, teller: Teller) -> Caption:
     text = f"a {noun} in {words[palette(scene)]} {teller.dialect.ground(scene.ground)}"
     openings = ["{}", "the theme is {}", "this is {}", "taken as a whole it is {}"]
     if not teller.terse:
-        openings = ["the mood is that of {}", "all in all one sees {}"]
+        openings = ["the mood is that of {}", "all in all one sees {}", "the whole makes {}"]
     return Caption(sentence(teller.one(openings).format(text)), (Form((), tuple(facts)),))
 
 
