@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gve.encode.encoder import Encoded, Transform, item_key
-from gve.eval.ablation import PixelAblation, ablated_queries, check_ablations, concerns
+from gve.eval.ablation import PixelAblation, ablated_queries, check_ablations, concerns, pixels_of
 from gve.eval.evaluation import evaluate
 from gve.eval.report import Results, radar, report, write_report
 from gve.eval.uvrb import (
@@ -324,13 +324,17 @@ def test_pixel_ablations() -> None:
         check_ablations(["statik"])
 
 
-def test_query_ablations_reach_composed_sets_only(sets: list[RetrievalSet]) -> None:
+def test_query_ablations_reach_sets_with_text(sets: list[RetrievalSet]) -> None:
     by_name = {tested.record.name: tested for tested in sets}
     assert {query.modality for query in ablated_queries("text_only", by_name["MS-TI"])} == {"T"}
     assert {query.modality for query in ablated_queries("media_only", by_name["MS-TV"])} == {"V"}
     assert ablated_queries("media_only", by_name["MS-TV"])[0].instruction.endswith("the given video.")
-    assert [name for name in by_name if concerns("text_only", by_name[name])] == ["MS-TI", "MS-TV"]
-    assert list(evaluate(Fake(), sets, ablation="media_only")) == ["MS-TI", "MS-TV"]
+    told = [name for name in by_name if "T" in by_name[name].record.query]
+    assert set(by_name) - set(told) == {"MSRVTT-I2V", "LoVR-C2V"} & set(by_name)
+    assert [name for name in by_name if concerns("text_only", by_name[name])] == told
+    assert list(evaluate(Fake(), sets, ablation="media_only")) == told
+    assert pixels_of("text_only", by_name["MSRVTT"]) == PixelAblation("black")
+    assert pixels_of("text_only", by_name["MS-TI"]) is None
 
 
 def test_results_files(tmp_path: Path, sets: list[RetrievalSet]) -> None:

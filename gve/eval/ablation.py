@@ -3,10 +3,13 @@
 - static: the middle frame of each clip in place of all: what is left needs no motion.
 - shuffled, reversed: the frames of each clip in another order: what is left needs no order.
 - black: black pixels for clips and images: what is left is a leak; a text set must fall to chance.
-- text_only, media_only: one half of each composed query: what is left needs no composition.
+- text_only: the text without pictures. A composed query loses its media; where the query is text alone, the corpus
+  turns black, and the score must fall to chance.
+- media_only: the pictures without text. A composed query keeps its media; where the query is text alone, nothing but
+  the instruction is left of it, and the score must fall to chance.
 
-All but the last two change pictures on both sides; they run on decoded items inside the encoder's workers. The last two
-change queries before anything is decoded, and concern sets with composed queries only.
+Pictures are changed on decoded items inside the encoder's workers, queries before anything is decoded. The last two say
+nothing about sets whose queries are pictures alone.
 """
 
 from __future__ import annotations
@@ -91,11 +94,18 @@ def check_ablations(names: list[str]) -> None:
 
 def concerns(name: str, tested: RetrievalSet) -> bool:
     """Whether the ablation says something about the set."""
-    return name in PIXEL_ABLATIONS or len(tested.record.query) > 1
+    return name in PIXEL_ABLATIONS or "T" in tested.record.query
+
+
+def pixels_of(name: str, tested: RetrievalSet) -> PixelAblation | None:
+    """What the ablation does to the pictures of the set; None where they stay as they are."""
+    if name == "text_only" and tested.record.query == "T":
+        return PixelAblation("black")
+    return PixelAblation(name) if name in PIXEL_ABLATIONS else None
 
 
 def ablated_queries(name: str, tested: RetrievalSet) -> tuple[Item, ...]:
-    """The queries with one half left, instruction kept; as they are under an ablation of pixels."""
+    """The queries with the kept half, instruction included; as they are under an ablation of pixels."""
     if name not in QUERY_ABLATIONS:
         return tested.queries
     kept = QUERY_ABLATIONS[name]

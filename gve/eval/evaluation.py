@@ -11,7 +11,7 @@ import numpy as np
 from gve.encode.encoder import Encoder
 from gve.encode.store import EmbeddingStore, encode_items
 from gve.encode.topk import RankCounts, rank_counts, top_k
-from gve.eval.ablation import PIXEL_ABLATIONS, PixelAblation, ablated_queries, concerns
+from gve.eval.ablation import PixelAblation, ablated_queries, concerns, pixels_of
 from gve.eval.retrieval import chance_recall_at_k, optimistic_recall_at_k, pessimistic_recall_at_k, recall_at_k
 from gve.eval.statistics import bootstrap_means, score_interval
 from gve.eval.uvrb import RetrievalSet
@@ -119,9 +119,26 @@ def evaluate(
     sets = [tested for tested in sets if not ablation or concerns(ablation, tested)]
     if store is None:
         store = EmbeddingStore(None, encoder.fingerprint)
+    # Sets whose pictures are changed alike share one call of the encoder.
+    groups: dict[PixelAblation | None, list[RetrievalSet]] = {}
+    for tested in sets:
+        groups.setdefault(pixels_of(ablation, tested), []).append(tested)
+    scores: dict[str, SetScore] = {}
+    for transform, group in groups.items():
+        scores |= _evaluate_group(encoder, group, store, ablation, transform, progress)
+    return {tested.record.name: scores[tested.record.name] for tested in sets}
+
+
+def _evaluate_group(
+    encoder: Encoder,
+    sets: Sequence[RetrievalSet],
+    store: EmbeddingStore,
+    ablation: str,
+    transform: PixelAblation | None,
+    progress: str,
+) -> dict[str, SetScore]:
     queries = [ablated_queries(ablation, tested) for tested in sets]
     items = [item for own, tested in zip(queries, sets, strict=True) for item in (*own, *tested.corpus)]
-    transform = PixelAblation(ablation) if ablation in PIXEL_ABLATIONS else None
     encoded = encode_items(encoder, items, store, transform=transform, progress=progress)
     scores = {}
     start = 0

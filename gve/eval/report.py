@@ -315,8 +315,9 @@ def _ablation_section(results: Results, data: Mapping[str, Any]) -> list[str]:
     return [
         "## The same weights, shown less",
         "",
-        "static: middle frame repeated; shuffled, reversed: frames in another order; black: black pixels; text_only, "
-        "media_only: one half of a composed query. A ceiling is what a perfect judge scores with as little.",
+        "static: middle frame repeated; shuffled, reversed: frames in another order; black: black pixels; text_only: "
+        "no pictures (a text set's corpus is black); media_only: no text. A ceiling is what a perfect judge scores "
+        "with as little.",
         "",
         *_markdown(head, rows),
     ]
