@@ -7,20 +7,25 @@ Values that two parts must share are linked here once, so that they cannot disag
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gve.callbacks import RunRecord, UVRBEvaluation
+from gve.callbacks import RunRecord, Throughput, UVRBEvaluation
 from gve.data.datamodule import PyramidDataModule
 from gve.items import InputError
 from gve.model.embedder import VideoEmbedder
@@ -29,8 +34,40 @@ from gve.model.embedder import VideoEmbedder
 class RunConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run folder: config.yaml for fit, config_<command>.yaml else.
 
-    A run that is started again overwrites it: the folder belongs to the run, not to the attempt.
+    It is written when the run begins, that is after shards, base and checkpoint were accepted. A run that is started
+    again overwrites it: the folder belongs to the run, not to the attempt. A run that is refused changes no
+    configuration, and leaves no folder where there was none.
     """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **settings: Any) -> None:
+        super().__init__(parser, config, **settings)
+        root = Path(config.trainer.default_root_dir)
+        self._made = [folder for folder in (root, *root.parents) if not folder.exists()]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: whether the run can begin is not known."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.already_saved or not isinstance(exception, InputError) or not trainer.is_global_zero:
+            return
+        root = Path(trainer.default_root_dir)
+        if root in self._made:
+            shutil.rmtree(root, ignore_errors=True)
+            for folder in self._made[1:]:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         name = "config.yaml" if stage == "fit" else f"config_{stage}.yaml"
@@ -39,6 +76,17 @@ class RunConfig(SaveConfigCallback):
         draft = path.with_suffix(".tmp")
         self.parser.save(self.config, draft, skip_none=False, overwrite=True)
         os.replace(draft, path)
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.already_saved or trainer.state.fn is None:
+            return
+        self.already_saved = True
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, trainer.state.fn.value)
+        rank_zero_info(
+            f"{trainer.state.fn.value} in {trainer.default_root_dir}: {trainer.world_size} x {pl_module.device.type}, "
+            f"precision {trainer.precision}, seed {self.config.seed_everything}"
+        )
 
 
 class GVECLI(LightningCLI):
@@ -57,20 +105,63 @@ class GVECLI(LightningCLI):
             }
         )
         parser.link_arguments("model.base", "data.base")
-        parser.link_arguments("model.inputs", "data.inputs")
+        # The model's record itself: parse-time links copy single values, not a record of records.
+        parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("trainer.max_epochs", "data.num_epochs")
         parser.link_arguments("data.steps_per_epoch", "trainer.limit_train_batches")
         parser.link_arguments("trainer.default_root_dir", "checkpoint.dirpath", compute_fn=_checkpoint_folder)
 
+    def init_parser(self, **settings: Any) -> LightningArgumentParser:
+        # The usage that argparse makes names all of some 150 options before it explains one.
+        settings.setdefault("usage", "gve COMMAND --config RECIPE.yaml [--KEY VALUE ...], each KEY as below")
+        return super().init_parser(**settings)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, then refuses what can be refused before anything is built."""
+        super().parse_arguments(parser, args)
+        config = self.config[self.config.subcommand]
+        _require_writable(Path(config.trainer.default_root_dir))
+        # "last" and "hpc" are Lightning's names for the newest checkpoint of the run folder, if there is one.
+        if config.ckpt_path is not None and config.ckpt_path not in ("last", "hpc"):
+            _require_checkpoint(str(config.ckpt_path))
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what an optional record (model.lora) says about its values.
+            raise error.__cause__ if isinstance(error.__cause__, InputError) else error from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
-        root = Path(config.default_root_dir)
-        _require_writable(root)
         if config.logger is None:
             # A fixed name and version: a run that is started again continues its own curves.
-            kwargs["logger"] = TensorBoardLogger(save_dir=root, name="tensorboard", version="")
-        return super().instantiate_trainer(**kwargs)
+            kwargs["logger"] = TensorBoardLogger(save_dir=config.default_root_dir, name="tensorboard", version="")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise InputError(f"trainer: {error}") from error
+
+    def after_validate(self) -> None:
+        self._print_dev("val")
+
+    def after_test(self) -> None:
+        self._print_dev("test")
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
+        # Lightning's table has a row for every source and set, which the report shows better. And a checkpoint is data.
+        ours = {"verbose": False, "weights_only": True}
+        added = self._subcommand_method_arguments[subcommand]
+        parser.set_defaults({name: value for name, value in ours.items() if name in added})
+        return parser
+
+    def _print_dev(self, stage: str) -> None:
+        means = {name: self.trainer.callback_metrics.get(f"{stage}/{name}") for name in ("loss", "recall_at_1")}
+        shown = [f"{stage}/{name} {float(value):.4f}" for name, value in means.items() if value is not None]
+        if shown:
+            rank_zero_info(f"dev split: {', '.join(shown)}")
 
 
 def _checkpoint_folder(root: Any) -> str:
@@ -78,15 +169,27 @@ def _checkpoint_folder(root: Any) -> str:
 
 
 def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+    """Makes nothing: a run that is refused for another reason leaves no folder."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "not writable" if there.is_dir() else "not a folder"
         raise InputError(
-            f"the run folder {folder} cannot be written ({error.strerror}); set --trainer.default_root_dir"
-        ) from None
+            f"the run folder {folder} cannot be written ({there} is {reason}): set --trainer.default_root_dir"
+        )
+
+
+def _require_checkpoint(path: str) -> None:
+    """Whether it fits this model is checked when it is loaded."""
+    if "://" in path:
+        return
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error.strerror}): check --ckpt_path") from None
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise InputError(f"{path} is no checkpoint that can be loaded as plain tensors: give one of gve fit") from None
+    if not isinstance(checkpoint, dict) or "gve" not in checkpoint:
+        raise InputError(f"checkpoint {path} was not written by gve: it names no base and no input policy")
 
 
 class _Parsed(Exception):
@@ -94,12 +197,13 @@ class _Parsed(Exception):
 
 
 class _ParseOnly(GVECLI):
-    def before_instantiate_classes(self) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        LightningCLI.parse_arguments(self, parser, args)
         raise _Parsed(self.config)
 
 
 def parse(argv: Sequence[str]) -> Namespace:
-    """The configuration that `gve <argv>` would run with; nothing is built and no file is written.
+    """The configuration that `gve <argv>` would run with; nothing is built, no file is written or looked for.
 
     Args:
         argv: the words after `gve`, the subcommand first.
@@ -112,10 +216,12 @@ def parse(argv: Sequence[str]) -> Namespace:
     except _Parsed as parsed:
         config: Namespace = parsed.args[0]
         return config[config.subcommand]
-    raise RuntimeError("LightningCLI ended before its classes")
+    raise RuntimeError("LightningCLI ended before its configuration was parsed")
 
 
 def _run(cli: type[GVECLI], argv: Sequence[str]) -> None:
+    # LightningCLI warns when it is given words while the process has words of its own; here they are the same.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
     cli(
         VideoEmbedder,
         PyramidDataModule,
@@ -130,7 +236,8 @@ def _run(cli: type[GVECLI], argv: Sequence[str]) -> None:
             "max_epochs": 3,
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
-            "callbacks": [RunRecord()],
+            "enable_model_summary": False,  # the self-check of VideoEmbedder says it in words
+            "callbacks": [RunRecord(), Throughput()],
         },
         parser_kwargs={"exit_on_error": False},
     )
@@ -143,13 +250,42 @@ def main(argv: Sequence[str]) -> int:
         argv: the words after `gve`, the subcommand first.
 
     Returns:
-        0. A configuration that does not parse prints one line and returns 2.
+        0.
+
+    Raises:
+        InputError: the configuration, or something it names, cannot be used.
     """
-    # Loaders are sized by configuration; the advice assumes one run per machine.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    _quieten()
     try:
         _run(GVECLI, argv)
     except ArgumentError as error:
-        print(f"gve {argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        hint = "" if {"--config", "-c"} & {word.split("=")[0] for word in argv} else "; a recipe is given by --config"
+        raise InputError(f"{error}{hint}") from None
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
     return 0
+
+
+_CHATTER = (
+    "Seed set to",
+    "GPU available:",
+    "TPU available:",
+    "HPU available:",
+    "\U0001f4a1 Tip",
+    "Loading `train_dataloader`",
+)
+"""First words of Lightning's lines that say what our first line says, or advertise."""
+
+
+def _quieten() -> None:
+    """Hides what a user of the command can do nothing about. Our own lines and warnings stay."""
+    # Loaders are sized by configuration; the advice assumes one run per machine.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning's own use of torch.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_no_chatter)
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_CHATTER)

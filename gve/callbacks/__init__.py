@@ -1,6 +1,7 @@
-"""What runs beside training: the benchmark and the record of a run."""
+"""What runs beside training: the benchmark, the record of a run and its speed."""
 
 from gve.callbacks.run_record import RunRecord
+from gve.callbacks.throughput import Throughput
 from gve.callbacks.uvrb import EvaluationInputs, UVRBEvaluation
 
-__all__ = ["EvaluationInputs", "RunRecord", "UVRBEvaluation"]
+__all__ = ["EvaluationInputs", "RunRecord", "Throughput", "UVRBEvaluation"]

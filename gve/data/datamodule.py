@@ -277,7 +277,17 @@ class PyramidDataModule(pl.LightningDataModule):
             cursors=state.cursors,
         )
         self._delivered = (step - 1, -1)
+        self._log_curriculum(epoch, weights)
         return self._plan
+
+    def _log_curriculum(self, epoch: int, weights: Mapping[str, float]) -> None:
+        """`curriculum/<task>/probability`, and for every unit its probability and, where one is known, its score."""
+        values = {f"{name}/probability": share for name, share in {**self.mixture(epoch), **weights}.items()}
+        scores = self._scores(epoch)
+        values.update({f"{unit}/score": scores[unit] for unit in weights if unit in scores})
+        if self.trainer is not None:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({f"curriculum/{name}": v for name, v in values.items()}, self.trainer.global_step)
 
     def _current(self) -> PlanState:
         """The state by now: the step that was delivered last counts once the optimizer has stepped on it."""
@@ -291,15 +301,18 @@ class PyramidDataModule(pl.LightningDataModule):
         """Unit -> probability in an epoch: as it was when the epoch began, else by the newest scores."""
         if str(epoch) in self._state.weights:
             return self._state.weights[str(epoch)]
-        known = [int(e) for e in self._state.scores if int(e) <= epoch]
-        scores = self._state.scores[str(max(known))] if known else self.curriculum.scores
         sizes = {
             unit: sum(self._planned[k].size for k in members)
             for unit, members in sorted(units_of(self._planned, self.curriculum.unit).items())
         }
-        shares = self.curriculum.probabilities(epoch, self.num_epochs, scores, sizes)
+        shares = self.curriculum.probabilities(epoch, self.num_epochs, self._scores(epoch), sizes)
         # Rounded before use: another machine's exp() may differ in the last bit.
         return {unit: round(share, 9) for unit, share in shares.items()}
+
+    def _scores(self, epoch: int) -> Mapping[str, float]:
+        """Unit -> newest score that was measured before an epoch, else as configured; empty when there is none."""
+        known = [int(e) for e in self._state.scores if int(e) <= epoch]
+        return self._state.scores[str(max(known))] if known else self.curriculum.scores
 
     def _check_presample(self, source: Source) -> None:
         presample = source.record.presample

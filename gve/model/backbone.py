@@ -350,9 +350,10 @@ def _config(base: str) -> transformers.Qwen2_5_VLConfig:
 
 
 def _load(base: str, options: Mapping[str, object]) -> transformers.Qwen2_5_VLModel:
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     # Its report warns of the LM head, which is left out on purpose; what matters is checked below.
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         model, report = transformers.Qwen2_5_VLModel.from_pretrained(base, output_loading_info=True, **options)
     except OSError as error:
@@ -360,6 +361,8 @@ def _load(base: str, options: Mapping[str, object]) -> transformers.Qwen2_5_VLMo
         raise InputError(f"the weights of base {base!r} cannot be loaded ({reason})") from None
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bar:
+            transformers.logging.enable_progress_bar()
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise InputError(f"base {base!r} lacks {len(missing)} weights, for example {missing[0]}; they would be random")
