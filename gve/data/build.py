@@ -54,7 +54,8 @@ class BadRows(ShardError):
     def __init__(self, lines: list[str], more: bool) -> None:
         self.lines = lines
         count = f"at least {len(lines)}" if more else str(len(lines))
-        super().__init__(f"nothing was written: {count} bad rows; mend them, or pass --on-bad skip")
+        rows = lines[0] if len(lines) == 1 else f"{count} bad rows"
+        super().__init__(f"nothing was written: {rows}; mend the listing, or pass --on-bad skip")
 
 
 @dataclass(frozen=True)

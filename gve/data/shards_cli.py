@@ -103,7 +103,7 @@ def _build(arguments: argparse.Namespace) -> int:
         with _progress("rows") as progress:
             result = build(arguments.listing, arguments.out, options, progress)
     except BadRows as error:
-        for line in error.lines:
+        for line in error.lines if len(error.lines) > 1 else ():
             print(f"gve shards build: {line}", file=sys.stderr)
         raise
     if arguments.json:

@@ -101,6 +101,10 @@ class InputBuilder:
         Raises:
             InputError: the files cannot be found or are not those of a Qwen2.5-VL model.
         """
+        if not Path(base).exists() and (base.startswith(("/", ".")) or base.count("/") > 1):
+            raise InputError(
+                f"base {base!r} does not exist: give a folder, or a hub name like Qwen/Qwen2.5-VL-3B-Instruct"
+            )
         from transformers import AutoTokenizer
         from transformers.utils import cached_file
 

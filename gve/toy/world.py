@@ -68,7 +68,7 @@ def make_world(out: str | Path, request: Request | None = None, *, jobs: int = 2
         The folder.
 
     Raises:
-        InputError: the folder holds a world of another request, or something else.
+        InputError: the folder holds a world of another request, or something else, or cannot be written.
     """
     out, request = Path(out), request or Request()
     asked = {"version": VERSION, **asdict(request)}
@@ -76,7 +76,10 @@ def make_world(out: str | Path, request: Request | None = None, *, jobs: int = 2
         return out
     partial = out.with_name(out.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}); choose another folder") from None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress, transient=True) as bar:
         sets = Builder(request.seed, request.dialect, request.test_scale).build()
