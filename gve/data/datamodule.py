@@ -38,17 +38,17 @@ class DevBatches:
     def __init__(self, sources: list[tuple[PlannedSource, np.ndarray]], seed: int) -> None:
         self._seed = seed
         self._steps = [
-            (k, rows[first : first + source.batch], source.batch)
+            (k, first, rows[first : first + source.batch], source.batch)
             for k, (source, rows) in enumerate(sources)
             for first in range(0, len(rows), source.batch)
         ]
         self.num_steps = len(self._steps)
 
     def rows(self, step: int, rank: int, world: int) -> Rows:
-        source, rows, batch = self._steps[step]
+        source, first, rows, batch = self._steps[step]
         length = -(-min(batch, len(rows)) // world) * world
         filled = [*rows.tolist(), *[PADDING_ROW] * (length - len(rows))]
-        places = tuple((0, position, row) for position, row in enumerate(filled))[rank::world]
+        places = tuple((0, position, row) for position, row in enumerate(filled, first))[rank::world]
         return Rows(0, step, source, places, key_of(self._seed, "dev", step, rank))
 
 
