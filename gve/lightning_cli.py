@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gve.callbacks import RunRecord, Throughput, UVRBEvaluation
+from gve.callbacks import Predictions, RunRecord, Throughput, UVRBEvaluation
 from gve.data.datamodule import PyramidDataModule
 from gve.items import InputError
 from gve.model.embedder import VideoEmbedder
@@ -74,7 +74,7 @@ class RunConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".tmp")
-        self.parser.save(self.config, draft, skip_none=False, overwrite=True)
+        self.parser.save(self.config, draft, skip_unset=False, overwrite=True)
         os.replace(draft, path)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,8 +151,9 @@ class GVECLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
-        # Lightning's table has a row for every source and set, which the report shows better. And a checkpoint is data.
-        ours = {"verbose": False, "weights_only": True}
+        # Lightning's table has a row for every source and set, which the report shows better; a checkpoint is data;
+        # what predict gives is written by a callback.
+        ours = {"verbose": False, "weights_only": True, "return_predictions": False}
         added = self._subcommand_method_arguments[subcommand]
         parser.set_defaults({name: value for name, value in ours.items() if name in added})
         return parser
@@ -237,7 +238,7 @@ def _run(cli: type[GVECLI], argv: Sequence[str]) -> None:
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
             "enable_model_summary": False,  # the self-check of VideoEmbedder says it in words
-            "callbacks": [RunRecord(), Throughput()],
+            "callbacks": [RunRecord(), Throughput(), Predictions()],
         },
         parser_kwargs={"exit_on_error": False},
     )
@@ -259,8 +260,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         _run(GVECLI, argv)
     except ArgumentError as error:
-        hint = "" if {"--config", "-c"} & {word.split("=")[0] for word in argv} else "; a recipe is given by --config"
-        raise InputError(f"{error}{hint}") from None
+        message = str(error)
+        files = [word.rpartition("=")[2] for word in argv if word.endswith((".yaml", ".yml"))]
+        if not files and not {"--config", "-c"} & set(argv):
+            message += "; a recipe is given by --config"
+        elif message.startswith("Problems parsing config"):
+            message = f"{', '.join(files)}: {message}"  # the parser does not say which file
+        raise InputError(message) from None
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     return 0
@@ -273,6 +279,7 @@ _CHATTER = (
     "HPU available:",
     "\U0001f4a1 Tip",
     "Loading `train_dataloader`",
+    "Restoring states",
 )
 """First words of Lightning's lines that say what our first line says, or advertise."""
 
@@ -281,6 +288,8 @@ def _quieten() -> None:
     """Hides what a user of the command can do nothing about. Our own lines and warnings stay."""
     # Loaders are sized by configuration; the advice assumes one run per machine.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # A run that is started again goes on in its own folder.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
     # Lightning's own use of torch.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):

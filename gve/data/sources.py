@@ -158,6 +158,8 @@ class Source:
             if self.index.shape != (len(self), 5) or self.index.dtype != np.uint64:
                 raise ShardError(f"{self.record.index} does not have {len(self)} rows: rebuild {self.name}")
             for shard in self.record.shards:
+                if shard.count < 1:
+                    raise ShardError(f"{shard.file} of {self.root} holds no sample: rebuild {self.name}")
                 size = self.root.size(shard.file)
                 if size != shard.bytes:
                     raise ShardError(
