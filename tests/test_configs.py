@@ -1,4 +1,4 @@
-"""Every YAML of configs/ and experiments/ parses as the command line parses it; the recipes build on the meta device."""
+"""Every YAML of configs/ and experiments/ parses as the command line does it; the recipes build on the meta device."""
 
 from __future__ import annotations
 

@@ -170,7 +170,9 @@ class UVRBEvaluation(L.Callback):
         if trainer.is_global_zero:
             root = Path(trainer.default_root_dir)
             write_report(root, results)
-            Console().print(ability_table(results))
+            console = Console()
+            # Rich takes 80 columns for a pipe or a log file, which would cut the intervals off.
+            console.print(ability_table(results), width=None if console.is_terminal else 120)
             rank_zero_info(f"UVRB report: {root / 'report.md'}")
         trainer.strategy.barrier()
 

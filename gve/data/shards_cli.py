@@ -138,7 +138,9 @@ def _stats(arguments: argparse.Namespace) -> int:
     table = Table(Column("source", no_wrap=True), *columns, "MB")
     for name, row in numbers["sources"].items():
         table.add_row(name, *(str(row[column]) for column in columns), f"{row['bytes'] / 1e6:.1f}")
-    Console().print(table)
+    console = Console()
+    # Rich takes 80 columns for a pipe or a log file, which would cut the headers off.
+    console.print(table, width=None if console.is_terminal else 120)
     print(f"{numbers['samples']} samples, {numbers['bytes'] / 1e6:.1f} MB")
     return 0
 
