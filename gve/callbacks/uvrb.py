@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -170,9 +171,8 @@ class UVRBEvaluation(L.Callback):
         if trainer.is_global_zero:
             root = Path(trainer.default_root_dir)
             write_report(root, results)
-            console = Console()
             # Rich takes 80 columns for a pipe or a log file, which would cut the intervals off.
-            console.print(ability_table(results), width=None if console.is_terminal else 120)
+            Console(width=None if sys.stdout.isatty() else 120).print(ability_table(results))
             rank_zero_info(f"UVRB report: {root / 'report.md'}")
         trainer.strategy.barrier()
 

@@ -138,9 +138,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     table = Table(Column("source", no_wrap=True), *columns, "MB")
     for name, row in numbers["sources"].items():
         table.add_row(name, *(str(row[column]) for column in columns), f"{row['bytes'] / 1e6:.1f}")
-    console = Console()
     # Rich takes 80 columns for a pipe or a log file, which would cut the headers off.
-    console.print(table, width=None if console.is_terminal else 120)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(f"{numbers['samples']} samples, {numbers['bytes'] / 1e6:.1f} MB")
     return 0
 
