@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -369,7 +370,7 @@ def test_results_files(tmp_path: Path, sets: list[RetrievalSet]) -> None:
 
 def test_radar_draws_nine_abilities(sets: list[RetrievalSet]) -> None:
     results = Results(evaluate(oracle(sets), sets), evaluate(Constant(), sets))
-    (axes,) = radar(results).axes
+    (axes,) = radar(results.data).axes
     assert [label.get_text().split("\n")[0] for label in axes.get_xticklabels()] == list(ABILITIES)
     lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
     assert list(lines) == ["chance", "untrained", "model"]
@@ -381,3 +382,16 @@ def test_metrics_have_the_projects_tags(sets: list[RetrievalSet]) -> None:
     assert {"uvrb/MSRVTT/recall_at_1", "uvrb/CMRB/recall_at_10", "uvrb/MS-TI/precision_at_1"} <= set(tags)
     assert sum(tag.startswith("uvrb/ability/") for tag in tags) == 11
     assert sum(not tag.startswith("uvrb/ability/") for tag in tags) == 16
+
+
+def test_an_oracle_scores_one_on_the_toy_world(toy_world: Path) -> None:
+    """The mini UVRB can be answered whole, through the released layout; one wrong positive is seen."""
+    reader = UVRBReader(str(toy_world / "uvrb"))
+    toy = [reader.read(name) for name in reader.names()]
+    assert len(toy) == 16
+    for tested in toy:
+        assert evaluate(oracle([tested]), [tested])[tested.record.name].value == pytest.approx(1.0, abs=1e-12)
+    first = toy[0]
+    moved = (((first.positives[0][0] + 1) % len(first.corpus),), *first.positives[1:])
+    wrong = dataclasses.replace(first, positives=moved)
+    assert evaluate(oracle([first]), [wrong])[first.record.name].value < 1.0

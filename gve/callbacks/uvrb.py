@@ -222,7 +222,7 @@ class UVRBEvaluation(L.Callback):
     def _draw(self, trainer: L.Trainer, results: Results) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_figure("uvrb/radar", radar(results), results.step)
+                logger.experiment.add_figure("uvrb/radar", radar(results.data), results.step)
 
 
 def _trained_steps(trainer: L.Trainer) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ def write_report(folder: Path, results: Results) -> None:
     """Writes radar.png, uvrb_positions.npz, report.md and last uvrb.json, which says that the rest is there."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / "radar.tmp.png"
-    radar(results).savefig(draft, dpi=160)
+    radar(results.data).savefig(draft, dpi=160)
     os.replace(draft, folder / "radar.png")
     _write_positions(folder / "uvrb_positions.npz", results)
     _write(folder / "report.md", report(results).encode())
@@ -334,13 +335,23 @@ def ability_table(results: Results) -> Table:
     return table
 
 
-def radar(results: Results) -> Figure:
-    """The nine abilities on nine axes from 0 to 1: trained, untrained, chance. An ability that lacks a set is a gap."""
-    lines = [("chance", results.chance, "#8c8c8c", ":", 0.0)]
-    if results.untrained:
-        before = _abilities(results.untrained, lambda score: score.value)
-        lines.append(("untrained", before, "#d1813b", "--", 0.08))
-    lines.append((f"step {results.step}" if results.step else "model", results.abilities, "#2a5caa", "-", 0.18))
+def radar(data: Mapping[str, Any]) -> Figure:
+    """The nine abilities on nine axes: trained, untrained, chance. An ability that lacks a set is a gap.
+
+    The rim is the next fifth above the largest value, so that small scores can be told apart.
+
+    Args:
+        data: the content of a uvrb.json.
+    """
+    final = data["abilities"]
+    lines = [("chance", data["ability_chance"], "#8c8c8c", ":", 0.0)]
+    if "untrained" in data:
+        lines.append(("untrained", data["untrained"]["abilities"], "#d1813b", "--", 0.08))
+    lines.append((f"step {data['step']}" if data["step"] else "model", final, "#2a5caa", "-", 0.18))
+    largest = max(
+        [values[name] for _, values, *_ in lines for name in ABILITIES if values[name] is not None], default=1
+    )
+    rim = math.ceil(5 * max(largest, 0.01)) / 5
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.add_subplot(projection="polar")
     assert isinstance(axes, PolarAxes)
@@ -353,11 +364,11 @@ def radar(results: Results) -> Figure:
         radii = np.array([np.nan if value is None else value for value in (*own, own[0])])
         axes.plot(around, radii, style, color=colour, linewidth=2, label=label, marker="o", markersize=3.5)
         axes.fill(around, np.nan_to_num(radii), color=colour, alpha=alpha, linewidth=0)
-    final = results.abilities
     axes.set_xticks(angles, [f"{name}\n{_number(final[name])}" for name in ABILITIES], fontsize=11)
     axes.tick_params(axis="x", pad=12)
-    axes.set_ylim(0, 1)
-    axes.set_yticks([0.2, 0.4, 0.6, 0.8], ["0.2", "0.4", "0.6", "0.8"], fontsize=8, color="#777777")
+    rings = [rim * part / 4 for part in (1, 2, 3, 4)]
+    axes.set_ylim(0, rim)
+    axes.set_yticks(rings, [f"{ring:.2g}" for ring in rings], fontsize=8, color="#777777")
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.spines["polar"].set_color("#bbbbbb")
     average = final["AVG-A"]
