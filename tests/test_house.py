@@ -111,12 +111,8 @@ def test_sizes(path: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno <= 90, f"{node.name} is long"
             count = len([a for a in node.args.posonlyargs + node.args.args if a.arg not in ("self", "cls")])
             count += len(node.args.kwonlyargs)
-            limit = 14 if node.name == "__init__" or node.name in SIGNATURES else 8
+            limit = 14 if node.name == "__init__" else 8
             assert count <= limit, f"{path.name}:{node.name} takes {count} parameters"
-
-
-# Functions whose parameters are the terms of an equation or of a command, each named at the call.
-SIGNATURES: set[str] = {"info_nce"}
 
 
 def test_no_forbidden_names() -> None:
