@@ -118,11 +118,17 @@ class Results:
 
     def _ability_rows(self, scores: Scores) -> dict[str, Any]:
         replicates = _abilities(scores, lambda score: score.replicates(self.resamples))
+        low = _abilities(scores, lambda score: score.interval(self.resamples)[0])
+        high = _abilities(scores, lambda score: score.interval(self.resamples)[1])
+        intervals = {name: None if values is None else list(interval(values)) for name, values in replicates.items()}
+        for name, own in intervals.items():
+            if own is not None and own[0] == own[1]:
+                # No query or every query hit: all replicates are equal. The mean of the sets' exact bounds is wider
+                # than the interval of the mean, and no lie.
+                intervals[name] = [low[name], high[name]]
         return {
             "abilities": _abilities(scores, lambda score: score.value),
-            "ability_intervals": {
-                name: None if values is None else list(interval(values)) for name, values in replicates.items()
-            },
+            "ability_intervals": intervals,
             "ability_chance": _abilities(scores, lambda score: score.chance),
         }
 
