@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,17 @@ def test_recipes_parse(path: Path) -> None:
 def test_parts_parse(path: Path) -> None:
     part = {"eval": "uvrb"}.get(path.parent.name, path.parent.name)
     parse(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--{part}", str(path)])
+
+
+def test_the_readmes_fit_commands_parse() -> None:
+    """Each `gve fit` line of the README, as a user would type it at the root of the project."""
+    lines = re.findall(r"^(?:srun )?gve (fit .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        config = parse([str(ROOT / word) if word.startswith("configs/") else word for word in shlex.split(line)])
+        assert config.model.dtype == "bfloat16"
+        if "gpu1" in line:
+            assert (config.trainer.devices, config.trainer.num_nodes, config.data.batch_size) == (1, 1, 64)
 
 
 @pytest.mark.parametrize(("size", "trained"), [("3b", 27_574_272), ("7b", 37_158_912)])
