@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from gve.lightning_cli import parse
 from gve.model.backbone import Backbone
@@ -37,7 +38,10 @@ def test_recipes_parse(path: Path) -> None:
 @pytest.mark.parametrize("path", PARTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_parts_parse(path: Path) -> None:
     part = {"eval": "uvrb"}.get(path.parent.name, path.parent.name)
-    parse(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--{part}", str(path)])
+    config = parse(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), f"--{part}", str(path)])
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if not isinstance(value, dict):
+            assert config[part][name] == value, f"{path.name} says {name}: {value}, the run takes {config[part][name]}"
 
 
 def test_the_readmes_fit_commands_parse() -> None:

@@ -395,3 +395,12 @@ def test_an_oracle_scores_one_on_the_toy_world(toy_world: Path) -> None:
     moved = (((first.positives[0][0] + 1) % len(first.corpus),), *first.positives[1:])
     wrong = dataclasses.replace(first, positives=moved)
     assert evaluate(oracle([first]), [wrong])[first.record.name].value < 1.0
+
+
+def test_an_ability_interval_never_collapses_to_a_point(sets: list[RetrievalSet]) -> None:
+    """All queries hit: every bootstrap replicate is 1, and the exact lower bound of the sets stands instead."""
+    results = Results(evaluate(oracle(sets), sets), resamples=100)
+    low, high = results.data["ability_intervals"]["CG"]
+    parts = [results.data["sets"][name]["interval"][0] for name in ("MSRVTT", "DiDeMo", "CRB-G")]
+    assert (low, high) == (pytest.approx(sum(parts) / 3), 1.0)
+    assert low < 1.0

@@ -118,14 +118,15 @@ class Results:
 
     def _ability_rows(self, scores: Scores) -> dict[str, Any]:
         replicates = _abilities(scores, lambda score: score.replicates(self.resamples))
-        low = _abilities(scores, lambda score: score.interval(self.resamples)[0])
-        high = _abilities(scores, lambda score: score.interval(self.resamples)[1])
         intervals = {name: None if values is None else list(interval(values)) for name, values in replicates.items()}
-        for name, own in intervals.items():
-            if own is not None and own[0] == own[1]:
-                # No query or every query hit: all replicates are equal. The mean of the sets' exact bounds is wider
-                # than the interval of the mean, and no lie.
-                intervals[name] = [low[name], high[name]]
+        collapsed = [name for name, own in intervals.items() if own is not None and own[0] == own[1]]
+        if collapsed:
+            # No query or every query hit: all replicates are equal. The mean of the sets' exact bounds is wider than
+            # the interval of the mean, and no lie. Each bound costs a bootstrap, so only where it is needed.
+            bounds = {name: score.interval(self.resamples) for name, score in scores.items()}
+            low = _abilities(scores, lambda score: bounds[score.tested.record.name][0])
+            high = _abilities(scores, lambda score: bounds[score.tested.record.name][1])
+            intervals |= {name: [low[name], high[name]] for name in collapsed}
         return {
             "abilities": _abilities(scores, lambda score: score.value),
             "ability_intervals": intervals,
