@@ -177,8 +177,12 @@ class Source:
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         return sample_key(self.name, shard, row - int(self._starts[shard]))
 
-    def read(self, row: int) -> Pair:
+    def read(self, row: int, *, pixels: bool = True) -> Pair:
         """One pair; media keep their file bytes, pre-sampled videos are Frames.
+
+        Args:
+            row: from 0.
+            pixels: False leaves pre-sampled frames undecoded: enough for texts and content hashes.
 
         Raises:
             ShardError: the bytes are not the ones that were indexed.
@@ -192,7 +196,7 @@ class Source:
         data = self.root.read_range(self.record.shards[shard].file, int(entry[OFFSET]), int(entry[SIZE]))
         if checksum(data) != int(entry[CHECK]):
             raise ShardError(f"{self.key(row)}: its bytes are not the ones indexed: run `gve shards check`")
-        return decode_sample(split_sample(data, self.key(row)))
+        return decode_sample(split_sample(data, self.key(row)), pixels=pixels)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}

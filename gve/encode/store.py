@@ -106,6 +106,7 @@ def encode_items(
     *,
     transform: Transform | None = None,
     progress: str = "",
+    hashable: Sequence[Item] | None = None,
 ) -> Encoded:
     """Vectors of the items, from the store where it has them; a collective where ranks exist.
 
@@ -113,7 +114,10 @@ def encode_items(
     whole result. Items that `transform` does not touch have their plain vector.
 
     Args:
+        items: a sequence that reads its items when they are asked for is asked on each rank for its share alone.
         store: of `encoder.fingerprint`; it takes what is new. Unreadable items are not kept, so they are tried again.
+        hashable: the same items in a form that is cheap to hash (known content hashes, no pixels); only what the store
+            lacks is then taken from `items`.
 
     Returns:
         One row per item, on every rank.
@@ -125,9 +129,11 @@ def encode_items(
     hashed: dict[int, tuple[str, str]] = {}
     for row in range(rank, len(items), world):  # hashing reads every file: shared like the encoding
         try:
-            hashed[row] = (_key(items[row], transform), "")
+            hashed[row] = (_key((hashable or items)[row], transform), "")
         except OSError as error:
             hashed[row] = ("", f"missing: {error.filename} ({error.strerror})")
+        except InputError as error:
+            hashed[row] = ("", str(error))
     if world > 1:
         everything: list[dict[int, tuple[str, str]]] = [{} for _ in range(world)]
         dist.all_gather_object(everything, hashed)

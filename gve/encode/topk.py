@@ -87,7 +87,12 @@ def rank_counts(
 
 
 def top_k(
-    queries: np.ndarray, corpus: np.ndarray, k: int, pools: Sequence[Sequence[int]] | None = None
+    queries: np.ndarray,
+    corpus: np.ndarray,
+    k: int,
+    pools: Sequence[Sequence[int]] | None = None,
+    *,
+    excluded: Sequence[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest corpus rows of every query, by falling similarity and, where that is equal, rising row.
 
@@ -96,9 +101,10 @@ def top_k(
         corpus: [C, D] float32; rows of NaN come last.
         k: how many; at most C are given.
         pools: corpus rows each query may take from; None is the whole corpus.
+        excluded: corpus rows each query never takes.
 
     Returns:
-        rows [Q, k] int64, -1 where a pool is shorter than k, and similarities [Q, k] float32, -inf there.
+        rows [Q, k] int64, -1 where fewer than k may be taken, and similarities [Q, k] float32, -inf there.
     """
     k = min(k, len(corpus))
     rows = np.full((len(queries), k), -1, np.int64)
@@ -106,6 +112,8 @@ def top_k(
     for start, scores in _blocks(queries, corpus):
         for query, line in enumerate(scores, start):
             candidates = np.arange(len(corpus)) if pools is None else np.unique(np.asarray(pools[query], np.int64))
+            if excluded is not None:
+                candidates = candidates[~np.isin(candidates, excluded[query])]
             values = line[candidates]
             if len(values) > k:  # keep all that is level with place k: ties are cut by row, not by the partition
                 near = values >= np.partition(values, len(values) - k)[len(values) - k]
