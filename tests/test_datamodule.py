@@ -516,7 +516,7 @@ def test_fewer_frames_are_the_nearest_stored() -> None:
     pixels = np.arange(8, dtype=np.uint8).repeat(12).reshape(8, 2, 2, 3)
     indices = np.linspace(0, 99, 8).round().astype(np.int64)  # 0 14 28 42 57 71 85 99
     item = Item((Video(Frames(pixels, indices / 25.0, indices, 100, 25.0)),))
-    thinned = loader_module._thin(item, Sampling.uniform(4)).parts[0].source
+    thinned = loader_module.thin(item, Sampling.uniform(4)).parts[0].source
     # uniform(4) of 100 frames asks for 0, 33, 66, 99; nearest stored: 0, 28, 71, 99.
     assert thinned.indices.tolist() == [0, 28, 71, 99]
     assert thinned.pixels[:, 0, 0, 0].tolist() == [0, 2, 5, 7]

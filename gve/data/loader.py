@@ -10,8 +10,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from gve.data.negatives import MinedNegatives
 from gve.data.plan import Rows, permutation
 from gve.data.schema import ShardError
+from gve.data.shards import QUERY, TARGET
 from gve.data.sources import Source
 from gve.inputs import InputBuilder, Prepared
 from gve.items import Frames, InputError, Item, Pair, TrainBatch, Video
@@ -119,6 +121,8 @@ class StepBuilder:
         quarantine: samples that are masked without being read.
         in_flight: [workers, 3] int64 in shared memory: process id, step and row that each worker is at; it outlives a
             worker that dies.
+        mined: where a pair's own negatives are fewer than wanted, these follow, the hardest first.
+        held_out: source -> sorted rows whose targets are no negatives, as they are never trained on.
     """
 
     sources: Sequence[Source]
@@ -127,6 +131,8 @@ class StepBuilder:
     seed: int
     quarantine: Quarantine
     in_flight: torch.Tensor
+    mined: MinedNegatives = field(default_factory=MinedNegatives)
+    held_out: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __call__(self, rows: Rows) -> TrainBatch:
         source = self.sources[rows.source]
@@ -143,23 +149,25 @@ class StepBuilder:
                 continue
             self.in_flight[worker] = torch.tensor([os.getpid(), rows.step, place[2]])
             key = source.key(place[2])
+            hard: list[tuple[str, Item | tuple[Source, int]]] = []
             try:
                 pair = self._read(source, key, rows, place)
                 query, target = self.builder.prepare(pair.query), self.builder.prepare(pair.target)
+                hard = self._hard(source, place[2], pair, self.negatives[rows.source])
             except (InputError, OSError) as error:
                 reason = _one_line(error)
                 skipped.append((key, reason))
                 query, target = self.builder.placeholder(reason), self.builder.placeholder(reason)
-                pair = Pair(Item(()), Item(()))
             queries.append(query)
             targets.append(target)
-            for j, negative in enumerate(pair.negatives):
+            for j, (name, negative) in enumerate(hard):
                 # A negative that cannot be read is left out alone; it has a name of its own in the quarantine.
-                name = f"{key}#{negative.content_hash()[:12]}"
+                name = f"{key}#{name}"
                 try:
                     if reason := self.quarantine.reason(name, rows.epoch, rows.step):
                         raise InputError(reason)
-                    negatives.append(self.builder.prepare(negative))
+                    item = negative if isinstance(negative, Item) else self._target(*negative)
+                    negatives.append(self.builder.prepare(item))
                     negative_index[i, j] = len(negatives) - 1
                 except (InputError, OSError) as error:
                     skipped.append((name, _one_line(error)))
@@ -188,22 +196,50 @@ class StepBuilder:
             # Keyed by the place in the source's order, not by the step: another batch size keeps the choice.
             order = permutation(len(pair.negatives), self.seed, "negatives", source.name, number, position)
             pair = replace(pair, negatives=tuple(pair.negatives[j] for j in np.sort(order[:wanted])))
+        return replace(
+            pair,
+            query=self._thinned(source, pair.query),
+            target=self._thinned(source, pair.target),
+            negatives=tuple(self._thinned(source, negative) for negative in pair.negatives),
+        )
+
+    def _hard(self, source: Source, row: int, pair: Pair, wanted: int) -> list[tuple[str, Item | tuple[Source, int]]]:
+        """(name, negative or the row whose target it is): the pair's own negatives, then mined ones."""
+        found: list[tuple[str, Item | tuple[Source, int]]] = []
+        taken = {int(source.index[row, QUERY]), int(source.index[row, TARGET])}
+        for negative in pair.negatives:
+            found.append((negative.content_hash()[:12], negative))
+            taken.add(int(negative.content_hash()[:16], 16))
+        if len(found) < wanted:
+            for corpus, other in self.mined(source.name, row):
+                content = int(corpus.index[other, TARGET])
+                held_out = self.held_out.get(corpus.name, ()) if corpus.root is source.root else ()
+                if len(found) < wanted and content not in taken and not _is_in(other, held_out):
+                    taken.add(content)
+                    found.append((corpus.key(other), (corpus, other)))
+        return found
+
+    def _target(self, source: Source, row: int) -> Item:
+        return self._thinned(source, source.read(row).target)
+
+    def _thinned(self, source: Source, item: Item) -> Item:
+        """An item of a source with the frames that the policy asks for."""
         sampling = self.builder.policy.sampling
-        if source.record.presample and source.record.presample.sampling != sampling:
-            pair = replace(
-                pair,
-                query=_thin(pair.query, sampling),
-                target=_thin(pair.target, sampling),
-                negatives=tuple(_thin(negative, sampling) for negative in pair.negatives),
-            )
-        return pair
+        presample = source.record.presample
+        return item if presample is None or presample.sampling == sampling else thin(item, sampling)
+
+
+def _is_in(row: int, rows: Sequence[int] | np.ndarray) -> bool:
+    """Whether sorted rows hold a row."""
+    place = int(np.searchsorted(rows, row))
+    return place < len(rows) and int(rows[place]) == row
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
-def _thin(item: Item, sampling: Sampling) -> Item:
+def thin(item: Item, sampling: Sampling) -> Item:
     """The item with fewer of its stored frames: those nearest to the frames that the sampling asks for."""
     parts = []
     for part in item.parts:
