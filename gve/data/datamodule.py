@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from gve.data.curriculum import TASKS, Curriculum
 from gve.data.loader import PADDING_ROW, Quarantine, StepBuilder, StepLoader
+from gve.data.negatives import MinedNegatives, digest_of
 from gve.data.plan import EpochPlan, PlannedSource, PlanState, Rows, hold_out, key_of, units_of
 from gve.data.schema import ShardError
 from gve.data.shards import QUERY
@@ -71,6 +72,8 @@ class PyramidDataModule(pl.LightningDataModule):
         curriculum: how the shares of the tasks are chosen.
         dev_pairs: rows per source (at most a tenth of it) that are held out of training and validated on.
         max_skip_rate: share of unreadable samples above which the run stops.
+        negatives_file: hard negatives mined by `gve mine`, for pairs with fewer of their own than `negatives` asks for;
+            none when empty.
 
     Raises:
         InputError: a value is out of range.
@@ -90,6 +93,7 @@ class PyramidDataModule(pl.LightningDataModule):
         curriculum: Curriculum = _DEFAULT_CURRICULUM,
         dev_pairs: int = 64,
         max_skip_rate: float = 0.01,
+        negatives_file: str = "",
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -109,6 +113,8 @@ class PyramidDataModule(pl.LightningDataModule):
         )
         self.batch_size, self.negatives = batch_size, negatives
         self.curriculum, self.dev_pairs, self.max_skip_rate = curriculum, dev_pairs, max_skip_rate
+        self.negatives_file = negatives_file
+        self._mined = MinedNegatives()
         self._state = PlanState(seed)
         self._sources: list[Source] = []
         self._planned: list[PlannedSource] = []
@@ -126,6 +132,21 @@ class PyramidDataModule(pl.LightningDataModule):
     def tasks(self) -> list[str]:
         """Modality tasks that the shards hold, sorted."""
         return sorted({source.task for source in self._planned})
+
+    @property
+    def opened(self) -> dict[str, Source]:
+        """The sources by name, as they are read."""
+        return {source.name: source for source in self._sources}
+
+    @property
+    def held_out(self) -> dict[str, np.ndarray]:
+        """Source -> sorted row numbers that are never trained on, nor used as hard negatives."""
+        return {source.name: source.held_out for source in self._planned}
+
+    @property
+    def negatives_per_pair(self) -> dict[str, int]:
+        """Source -> hard negatives that each of its pairs asks for."""
+        return {source.name: _setting(self.negatives, "negatives", source) for source in self._sources}
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -168,18 +189,21 @@ class PyramidDataModule(pl.LightningDataModule):
                     f"source {planned.name}: a global batch of {planned.batch} cannot be split over {self._world[1]} "
                     "ranks: use a multiple"
                 )
+        if self.negatives_file:
+            self._use_negatives(Path(self.negatives_file), sources)
         self._sources = list(sources.values())
         self._manifest = manifest_digest(sources)
         folder = Path(self.trainer.default_root_dir) if self.trainer is not None else Path(".")
         self._quarantine = Quarantine(folder, self._world[0], self.max_skip_rate)
 
     def train_dataloader(self) -> StepLoader:
-        return self._loader(self._begin_epoch, self.steps_per_epoch)
+        return self._loader(self._begin_epoch, self.steps_per_epoch, list(self.negatives_per_pair.values()))
 
     def val_dataloader(self) -> StepLoader | list[StepLoader]:
         """The dev rows, or no loader when there are none."""
         dev = DevBatches(list(zip(self._planned, self._dev, strict=True)), self.seed)
-        return self._loader(lambda: dev, dev.num_steps) if dev.num_steps else []
+        # A dev pair is compared with the other dev pairs of its source: its hard negatives need not be read.
+        return self._loader(lambda: dev, dev.num_steps, [0] * len(self._sources)) if dev.num_steps else []
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:
         """The dev rows, as for validation."""
@@ -221,6 +245,25 @@ class PyramidDataModule(pl.LightningDataModule):
         rounded = {unit: round(float(score), 6) for unit, score in scores.items()}
         self._state = replace(self._state, scores={**self._state.scores, str(epoch): rounded})
 
+    def has_begun(self, epoch: int) -> bool:
+        """Whether the plan of an epoch is made: its weights and hard negatives are fixed, also after a resume."""
+        return str(epoch) in self._state.weights
+
+    def set_negatives(self, epoch: int, path: Path) -> None:
+        """Takes newly mined hard negatives into use from an epoch on; equal on every rank.
+
+        Args:
+            epoch: the next epoch, which has not begun.
+            path: a file in `negatives/` of the run folder, where a resume looks for it by its digest.
+
+        Raises:
+            InputError: the epoch has begun, or the file belongs to other shards.
+        """
+        if self.has_begun(epoch):
+            raise InputError(f"epoch {epoch} has begun: its hard negatives are fixed")
+        self._use_negatives(path, self.opened)
+        self._state = replace(self._state, negatives=self._mined.digest)
+
     def mixture(self, epoch: int | None = None) -> dict[str, float]:
         """Task -> probability that a step of the epoch (the current one by default) is of it."""
         epoch = self._state.epoch if epoch is None else epoch
@@ -238,15 +281,17 @@ class PyramidDataModule(pl.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (int(kwargs["rank"]), int(kwargs["num_replicas"])) if kwargs else (0, 1)
 
-    def _loader(self, begin: Any, num_steps: int) -> StepLoader:
+    def _loader(self, begin: Any, num_steps: int, negatives: list[int]) -> StepLoader:
         assert self._quarantine is not None, "setup() comes first"
         build = StepBuilder(
             self._sources,
             self._builder,
-            [_setting(self.negatives, "negatives", source) for source in self._sources],
+            negatives,
             self.seed,
             self._quarantine,
             torch.full((max(self.num_workers, 1), 3), -1).share_memory_(),
+            self._mined,
+            self.held_out,
         )
         rank, world = self._world
         return StepLoader(begin, build, num_steps, num_workers=self.num_workers, rank=rank, world=world)
@@ -255,7 +300,8 @@ class PyramidDataModule(pl.LightningDataModule):
         """The plan of the epoch that Lightning is about to run, or of what is left of it."""
         state = self._current()
         if state.manifest:
-            state.check(self.seed, self._manifest)
+            self._resume_negatives(state.negatives)
+            state.check(self.seed, self._manifest, self._mined.digest)
         epoch = self.trainer.current_epoch if self.trainer is not None else state.epoch
         step = state.step if epoch == state.epoch else 0
         weights = self._weights(epoch)
@@ -265,6 +311,7 @@ class PyramidDataModule(pl.LightningDataModule):
             step=step,
             weights={**state.weights, str(epoch): weights},
             manifest=self._manifest,
+            negatives=self._mined.digest,
         )
         self._plan = EpochPlan(
             self._planned,
@@ -279,6 +326,18 @@ class PyramidDataModule(pl.LightningDataModule):
         self._delivered = (step - 1, -1)
         self._log_curriculum(epoch, weights)
         return self._plan
+
+    def _resume_negatives(self, digest: str) -> None:
+        """A run that mined again goes on with what it mined last, not with the file of its configuration."""
+        if digest != self._mined.digest and self.trainer is not None:
+            for path in sorted(Path(self.trainer.default_root_dir).glob("negatives/*.safetensors")):
+                if digest_of(path) == digest:
+                    self._use_negatives(path, self.opened)
+
+    def _use_negatives(self, path: Path, sources: Mapping[str, Source]) -> None:
+        self._mined.use(path, sources)
+        for source in self._mined.corpora:
+            self._check_presample(source)
 
     def _log_curriculum(self, epoch: int, weights: Mapping[str, float]) -> None:
         """`curriculum/<task>/probability`, and for every unit its probability and, where one is known, its score."""

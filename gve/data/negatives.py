@@ -161,6 +161,11 @@ class MinedNegatives:
             for name, corpus in self._corpora.items()
         }
 
+    @property
+    def corpora(self) -> list[Source]:
+        """Every source that negatives are taken from."""
+        return list({id(source): source for corpus in self._corpora.values() for source in corpus}.values())
+
     def __call__(self, source: str, row: int) -> list[tuple[Source, int]]:
         """(source, row) whose targets are the negatives of a row, nearest first; empty where none were mined."""
         if source not in self._corpora:
