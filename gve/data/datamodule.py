@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gve.data.curriculum import TASKS, Curriculum
 from gve.data.loader import PADDING_ROW, Quarantine, StepBuilder, StepLoader
 from gve.data.negatives import MinedNegatives, digest_of
 from gve.data.plan import EpochPlan, PlannedSource, PlanState, Rows, hold_out, key_of, units_of
+from gve.data.probe import ProbePairs, probe_rows
 from gve.data.schema import ShardError
 from gve.data.shards import QUERY
 from gve.data.sources import Source, manifest_digest, open_sources
@@ -240,10 +241,27 @@ class PyramidDataModule(pl.LightningDataModule):
         units = set(units_of(self._planned, self.curriculum.unit))
         if set(scores) != units:
             raise InputError(f"scores for {sorted(scores)}, but the {self.curriculum.unit}s are {sorted(units)}")
-        if str(epoch) in self._state.weights:
+        if self.has_begun(epoch):
             raise InputError(f"epoch {epoch} has begun: its weights are fixed")
         rounded = {unit: round(float(score), 6) for unit, score in scores.items()}
         self._state = replace(self._state, scores={**self._state.scores, str(epoch): rounded})
+
+    def wants_scores(self, epoch: int) -> bool:
+        """Whether a prober may still score an epoch: not begun, not scored, and its schedule would take them."""
+        in_order = self.curriculum.in_order and epoch > 0
+        return not (self.has_begun(epoch) or str(epoch) in self._state.scores or in_order)
+
+    def probe_pairs(self, count: int) -> dict[str, ProbePairs]:
+        """Unit -> its fixed pairs: chosen by the seed among training rows, spread over the unit's sources by size.
+
+        Args:
+            count: pairs of each unit (N_p of the paper); a smaller unit gives all it has.
+        """
+        chosen = {}
+        for unit, members in sorted(units_of(self._planned, self.curriculum.unit).items()):
+            rows = probe_rows([self._planned[k] for k in members], count, self.seed)
+            chosen[unit] = ProbePairs([(self._sources[members[k]], row) for k, row in rows], self.inputs.sampling)
+        return chosen
 
     def has_begun(self, epoch: int) -> bool:
         """Whether the plan of an epoch is made: its weights and hard negatives are fixed, also after a resume."""
@@ -274,6 +292,35 @@ class PyramidDataModule(pl.LightningDataModule):
             for k in members:
                 shares[self._planned[k].task] += weights[unit] * self._planned[k].size / size
         return shares
+
+    def curriculum_settings(self) -> dict[str, Any]:
+        """What the weights of all epochs depend on beside the scores, in JSON-able primitives."""
+        settings = asdict(self.curriculum)
+        settings["configured_scores"] = settings.pop("scores")
+        run = {"num_epochs": self.num_epochs, "steps_per_epoch": self.steps_per_epoch, "seed": self.seed}
+        return {**settings, **run, "sizes": self._unit_sizes()}
+
+    def curriculum_record(self, epoch: int) -> dict[str, Any]:
+        """One epoch of the curriculum as it is, or would be by the newest scores; JSON-able, equal on every rank.
+
+        Returns:
+            epoch; sigma (None unless the schedule is "pyramid"); scores, probabilities and draws (steps of the whole
+            epoch), each by unit; mixture: task -> probability, tasks from the bottom of the pyramid to its top.
+        """
+        weights = self._weights(epoch)
+        drawn = np.bincount(self._plan_of(epoch, weights).source_of, minlength=len(self._planned))
+        units = sorted(units_of(self._planned, self.curriculum.unit).items())
+        mixture = self.mixture(epoch)
+        pyramid = self.curriculum.schedule == "pyramid"
+        scores = self._scores(epoch)
+        return {
+            "epoch": epoch,
+            "sigma": self.curriculum.sigma_of(epoch, self.num_epochs) if pyramid else None,
+            "scores": {unit: scores[unit] for unit, _ in units if unit in scores},
+            "probabilities": weights,
+            "draws": {unit: int(drawn[members].sum()) for unit, members in units},
+            "mixture": {task: mixture[task] for task in TASKS if task in mixture},
+        }
 
     @property
     def _world(self) -> tuple[int, int]:
@@ -313,19 +360,23 @@ class PyramidDataModule(pl.LightningDataModule):
             manifest=self._manifest,
             negatives=self._mined.digest,
         )
-        self._plan = EpochPlan(
+        self._plan = self._plan_of(epoch, weights, first_step=step, cursors=state.cursors)
+        self._delivered = (step - 1, -1)
+        return self._plan
+
+    def _plan_of(
+        self, epoch: int, weights: Mapping[str, float], first_step: int = 0, cursors: Mapping[str, int] | None = None
+    ) -> EpochPlan:
+        return EpochPlan(
             self._planned,
             seed=self.seed,
             epoch=epoch,
             num_steps=self.steps_per_epoch,
             weights=weights,
             unit=self.curriculum.unit,
-            first_step=step,
-            cursors=state.cursors,
+            first_step=first_step,
+            cursors=cursors,
         )
-        self._delivered = (step - 1, -1)
-        self._log_curriculum(epoch, weights)
-        return self._plan
 
     def _resume_negatives(self, digest: str) -> None:
         """A run that mined again goes on with what it mined last, not with the file of its configuration."""
@@ -339,15 +390,6 @@ class PyramidDataModule(pl.LightningDataModule):
         for source in self._mined.corpora:
             self._check_presample(source)
 
-    def _log_curriculum(self, epoch: int, weights: Mapping[str, float]) -> None:
-        """`curriculum/<task>/probability`, and for every unit its probability and, where one is known, its score."""
-        values = {f"{name}/probability": share for name, share in {**self.mixture(epoch), **weights}.items()}
-        scores = self._scores(epoch)
-        values.update({f"{unit}/score": scores[unit] for unit in weights if unit in scores})
-        if self.trainer is not None:
-            for logger in self.trainer.loggers:
-                logger.log_metrics({f"curriculum/{name}": v for name, v in values.items()}, self.trainer.global_step)
-
     def _current(self) -> PlanState:
         """The state by now: the step that was delivered last counts once the optimizer has stepped on it."""
         if self._plan is None:
@@ -360,13 +402,14 @@ class PyramidDataModule(pl.LightningDataModule):
         """Unit -> probability in an epoch: as it was when the epoch began, else by the newest scores."""
         if str(epoch) in self._state.weights:
             return self._state.weights[str(epoch)]
-        sizes = {
-            unit: sum(self._planned[k].size for k in members)
-            for unit, members in sorted(units_of(self._planned, self.curriculum.unit).items())
-        }
-        shares = self.curriculum.probabilities(epoch, self.num_epochs, self._scores(epoch), sizes)
+        shares = self.curriculum.probabilities(epoch, self.num_epochs, self._scores(epoch), self._unit_sizes())
         # Rounded before use: another machine's exp() may differ in the last bit.
         return {unit: round(share, 9) for unit, share in shares.items()}
+
+    def _unit_sizes(self) -> dict[str, int]:
+        """Unit -> training rows."""
+        units = sorted(units_of(self._planned, self.curriculum.unit).items())
+        return {unit: sum(self._planned[k].size for k in members) for unit, members in units}
 
     def _scores(self, epoch: int) -> Mapping[str, float]:
         """Unit -> newest score that was measured before an epoch, else as configured; empty when there is none."""
