@@ -234,7 +234,8 @@ class EmbedBatch(_Tensors):
         image_patches: [P, patch_dim] float32, normalised patches of all images in order of appearance, or None.
         image_grid: [images, 3] int64, (t, h, w) in patches, or None.
         image_keys: a key per image; equal keys have equal pixels, so the tower may run once for them.
-        video_patches, video_grid, video_keys: the same for videos.
+        image_rows: row of the batch that each image stands in; rising.
+        video_patches, video_grid, video_keys, video_rows: the same for videos.
     """
 
     input_ids: torch.Tensor
@@ -246,9 +247,11 @@ class EmbedBatch(_Tensors):
     image_patches: torch.Tensor | None = None
     image_grid: torch.Tensor | None = None
     image_keys: tuple[str, ...] = ()
+    image_rows: tuple[int, ...] = ()
     video_patches: torch.Tensor | None = None
     video_grid: torch.Tensor | None = None
     video_keys: tuple[str, ...] = ()
+    video_rows: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from gve.model import infonce
-from gve.model.infonce import HardNegatives, info_nce
+from gve.model.infonce import Contrast, HardNegatives, info_nce
 
 TAU = 0.03
 
@@ -94,7 +94,7 @@ def reference(case: Case, margin: float = math.inf, sides: tuple[int, ...] = (0,
     }
 
 
-def run(case: Case, weight: torch.Tensor, rows: slice, margin: float | None = None) -> infonce.InfoNCE:
+def run(case: Case, weight: torch.Tensor, rows: slice, contrast: Contrast | None = None) -> infonce.InfoNCE:
     """info_nce of some rows of the case, embedded by one weight matrix, so that gradients have a place to meet."""
     embed = lambda x: torch.nn.functional.normalize(torch.tensor(x, dtype=torch.float32) @ weight, dim=-1)  # noqa: E731
     index = case.index[rows]
@@ -103,7 +103,7 @@ def run(case: Case, weight: torch.Tensor, rows: slice, margin: float | None = No
     return info_nce(
         embed(case.query[rows]),
         embed(case.target[rows]),
-        temperature=TAU,
+        contrast or Contrast(TAU),
         negatives=HardNegatives(
             embed(case.hard[used]),
             torch.tensor(local),
@@ -112,14 +112,13 @@ def run(case: Case, weight: torch.Tensor, rows: slice, margin: float | None = No
         ),
         content_ids=(torch.tensor(case.query_ids[rows]), torch.tensor(case.target_ids[rows])),
         valid=torch.tensor(case.valid[rows]),
-        false_negative_margin=margin,
     )
 
 
 def test_two_pairs_by_hand() -> None:
     # Cosines 1 with the own and 0 with the other, temperature 0.5: both sides are log(1 + exp(-2)) = 0.126928.
     eye = torch.eye(2)
-    result = info_nce(eye, eye, temperature=0.5)
+    result = info_nce(eye, eye, Contrast(0.5))
     assert float(result.loss) == pytest.approx(0.126928, abs=1e-6)
     assert (float(result.mean_relevance), float(result.mean_positive)) == (0.5, 1.0)
     assert (float(result.max_negative_gap), float(result.accuracy)) == (1.0, 1.0)
@@ -128,7 +127,7 @@ def test_two_pairs_by_hand() -> None:
 @pytest.mark.parametrize("margin", [None, 0.05])
 def test_equals_eq_1_in_float64(margin: float | None) -> None:
     case = make_case()
-    result = run(case, torch.eye(6), slice(0, 8), margin)
+    result = run(case, torch.eye(6), slice(0, 8), Contrast(TAU, margin))
     expected = reference(case, math.inf if margin is None else margin)
     for name, value in expected.items():
         assert float(getattr(result, name)) == pytest.approx(value, abs=2e-5), name

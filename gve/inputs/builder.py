@@ -205,9 +205,11 @@ class InputBuilder:
             image_patches=torch.cat([vision.patches for vision in images]) if images else None,
             image_grid=torch.tensor([vision.grid for vision in images]) if images else None,
             image_keys=tuple(vision.key for vision in images),
+            image_rows=tuple(row for row, one in enumerate(prepared) for _ in one.images),
             video_patches=torch.cat([vision.patches for vision in videos]) if videos else None,
             video_grid=torch.tensor([vision.grid for vision in videos]) if videos else None,
             video_keys=tuple(vision.key for vision in videos),
+            video_rows=tuple(row for row, one in enumerate(prepared) for _ in one.videos),
         )
 
     def __call__(self, items: Sequence[Item]) -> EmbedBatch:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import peft
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gve.items import EmbedBatch, InputError
+from gve.model.clock import CLOCK
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
@@ -126,22 +127,24 @@ class Backbone(nn.Module):
             model = _load(base, options)
         return cls(model, lora, gradient_checkpointing=gradient_checkpointing, feature_cache_bytes=feature_cache_bytes)
 
-    def media_features(self, *batches: EmbedBatch | None) -> Features:
+    def media_features(self, *batches: EmbedBatch | None, max_tokens: int = 0) -> Features:
         """Runs the tower once over every distinct picture of the batches; images and clips share one call.
 
         Args:
             batches: any number; those of one training step belong together. None is skipped.
+            max_tokens: merged tokens that the tower may give in one call; more pictures are spread over several. A
+                larger picture has a call of its own. 0: one call.
 
         Returns:
             The merged tokens of each picture, without gradient.
         """
         merge = self.model.visual.spatial_merge_unit
         features: dict[tuple[str, str], torch.Tensor] = {}
-        patches, grids, fresh = [], [], []
+        fresh: list[_Picture] = []
         for batch in batches:
             for kind, keys, pixels, grid in _media(batch):
-                pieces = pixels.split(grid.prod(-1).tolist())
-                for key, piece, size in zip(keys, pieces, grid, strict=True):
+                sizes = grid.prod(-1).tolist()
+                for key, piece, shape, size in zip(keys, pixels.split(sizes), grid, sizes, strict=True):
                     name = (kind, key)
                     if name in features:
                         continue
@@ -150,16 +153,15 @@ class Backbone(nn.Module):
                         self._cache.move_to_end(name)
                         features[name] = self._cache[name].to(piece.device)
                         continue
-                    patches.append(piece)
-                    grids.append(size)
-                    fresh.append(name)
-        if fresh:
-            grid = torch.stack(grids)
-            with torch.no_grad():
-                merged = self.model.visual(torch.cat(patches).to(self.model.visual.dtype), grid_thw=grid).pooler_output
-            for name, tokens in zip(fresh, merged.split((grid.prod(-1) // merge).tolist()), strict=True):
-                features[name] = tokens
-                self._remember(name, tokens)
+                    fresh.append(_Picture(name, piece, shape, size // merge))
+        for group in _groups(fresh, max_tokens):
+            names, pieces, shapes, tokens = zip(*group, strict=True)
+            with CLOCK.phase("tower"), torch.no_grad():
+                patches = torch.cat(pieces).to(self.model.visual.dtype)
+                merged = self.model.visual(patches, grid_thw=torch.stack(shapes)).pooler_output
+            for name, rows in zip(names, merged.split(tokens), strict=True):
+                features[name] = rows
+                self._remember(name, rows)
         return features
 
     def forward(self, batch: EmbedBatch, features: Features | None = None) -> torch.Tensor:
@@ -190,7 +192,9 @@ class Backbone(nn.Module):
         # Under causal attention nothing that is read can see padding on its right: no mask, and the fast kernel.
         padded_right = bool((batch.attention_mask.sum(1) == batch.pool_index + 1).all())
         rows = torch.arange(len(batch), device=batch.pool_index.device)
-        with _mlp_input(self.model.language_model.layers[-1].post_attention_layernorm, rows, batch.pool_index):
+        last_norm = self.model.language_model.layers[-1].post_attention_layernorm
+        CLOCK.count_tokens(batch.attention_mask)
+        with CLOCK.phase("decoder"), _mlp_input(last_norm, rows, batch.pool_index):
             states = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=None if padded_right else batch.attention_mask,
@@ -293,6 +297,25 @@ def check_same_weights(expected: Mapping[str, torch.Size], state: Mapping[str, t
             f"{len(wrong)} of another shape, for example {(missing + surplus + wrong)[0]}; "
             "use the same base and the same lora settings"
         )
+
+
+class _Picture(NamedTuple):
+    name: tuple[str, str]
+    patches: torch.Tensor
+    grid: torch.Tensor
+    tokens: int
+
+
+def _groups(pictures: list[_Picture], max_tokens: int) -> Iterator[list[_Picture]]:
+    """Pictures in order, in groups of at most so many tokens; 0: one group."""
+    group: list[_Picture] = []
+    for picture in pictures:
+        if group and max_tokens and sum(one.tokens for one in group) + picture.tokens > max_tokens:
+            yield group
+            group = []
+        group.append(picture)
+    if group:
+        yield group
 
 
 def _media(batch: EmbedBatch | None) -> Iterator[tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor]]:

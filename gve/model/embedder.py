@@ -20,7 +20,8 @@ import gve
 from gve.inputs import InputPolicy
 from gve.items import EmbedBatch, InputError, TrainBatch
 from gve.model.backbone import Backbone, Lora, check_same_weights
-from gve.model.infonce import HardNegatives, InfoNCE, info_nce
+from gve.model.gradcache import grad_cache
+from gve.model.infonce import Contrast, HardNegatives, InfoNCE, info_nce
 
 DevKey = tuple[str, int, int]
 """(source, pass, position) of a dev pair."""
@@ -74,6 +75,10 @@ class VideoEmbedder(L.LightningModule):
         false_negative_margin: drop negatives whose cosine is above the positive's by more than this; null: keep all.
         optimizer: AdamW and its schedule.
         gradient_checkpointing: recompute the language model's layers in backward.
+        chunk_tokens: GradCache: tokens (padding included) that a rank runs through the language model at a time, with
+            the same loss and gradients; the price is a second forward. It decides the memory of a step in place of the
+            batch size. 0: all at once.
+        loss_tile: columns of the loss's cosines that exist at a time; 0: all. Worth it beyond some 16,000 pairs.
         feature_cache_mb: host memory for vision features of clips that epochs repeat, in MiB; 0 for none. On CPU a kept
             feature is bit-equal to a new one (tested); a GPU may choose its kernel by the other clips of the call.
         from_scratch: random base weights, for tests.
@@ -92,17 +97,19 @@ class VideoEmbedder(L.LightningModule):
         false_negative_margin: float | None = None,
         optimizer: Optimizer = _OPTIMIZER,
         gradient_checkpointing: bool = False,
+        chunk_tokens: int = 0,
+        loss_tile: int = 0,
         feature_cache_mb: int = 0,
         from_scratch: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise InputError(f"temperature {temperature} must be > 0 (the paper's is 0.03)")
+        if chunk_tokens < 0:
+            raise InputError(f"chunk_tokens {chunk_tokens} must be >= 0 (0: no chunks)")
         self.base = base
         self.inputs = inputs
         self.lora = lora
-        self.temperature = temperature
-        self.false_negative_margin = false_negative_margin
+        self.contrast = Contrast(temperature, false_negative_margin, loss_tile)
+        self.chunk_tokens = chunk_tokens
         self.optimizer_settings = optimizer
         self._build_backbone = partial(
             Backbone.from_pretrained,
@@ -162,22 +169,14 @@ class VideoEmbedder(L.LightningModule):
         """One contrastive step over the pairs of all ranks."""
         # LoRA dropout is drawn from the plan's seed of this step: a replay is exact.
         torch.manual_seed(batch.seed)
-        features = self.backbone.media_features(batch.query, batch.target, batch.negatives)
-        negatives = None
-        if batch.negatives is not None:
-            embeddings = self.backbone(batch.negatives, features)
-            negatives = HardNegatives(
-                embeddings, batch.negative_index, batch.negatives.content_ids, batch.negatives.valid
-            )
-        result = info_nce(
-            self.backbone(batch.query, features),
-            self.backbone(batch.target, features),
-            temperature=self.temperature,
-            negatives=negatives,
-            content_ids=(batch.query.content_ids, batch.target.content_ids),
-            valid=batch.query.valid & batch.target.valid,
-            false_negative_margin=self.false_negative_margin,
-        )
+        sides = [side for side in (batch.negatives, batch.query, batch.target) if side is not None]
+        features = self.backbone.media_features(*sides, max_tokens=self.chunk_tokens)
+        embed, loss = partial(self.backbone, features=features), partial(self._loss, batch)
+        if self.chunk_tokens:
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            result = grad_cache(embed, sides, loss, trained, max_tokens=self.chunk_tokens, seed=batch.seed)
+        else:
+            result = loss(*map(embed, sides))
         self._log_training(result, len(batch))
         return result.loss
 
@@ -249,6 +248,22 @@ class VideoEmbedder(L.LightningModule):
         if changed:
             rank_zero_warn(f"inputs differ from those the checkpoint was trained with: {', '.join(changed)}")
 
+    def _loss(self, batch: TrainBatch, *embeddings: torch.Tensor) -> InfoNCE:
+        """The loss of a batch whose negatives (if it has any), queries and targets have these embeddings."""
+        *hard, query, target = embeddings
+        negatives = None
+        if batch.negatives is not None:
+            ids, valid = batch.negatives.content_ids, batch.negatives.valid
+            negatives = HardNegatives(hard[0], batch.negative_index, ids, valid)
+        return info_nce(
+            query,
+            target,
+            self.contrast,
+            negatives=negatives,
+            content_ids=(batch.query.content_ids, batch.target.content_ids),
+            valid=batch.query.valid & batch.target.valid,
+        )
+
     def _log_dev(self, stage: str) -> None:
         """All dev pairs of a source are compared at once: neither batch size nor the number of ranks matters."""
         rows = _merge_ranks(self._dev_rows)
@@ -260,7 +275,7 @@ class VideoEmbedder(L.LightningModule):
         for source, pairs in by_source.items():
             query, target, ids = (torch.stack([pair[name] for pair in pairs]) for name in ("query", "target", "ids"))
             loss = info_nce(
-                query, target, temperature=self.temperature, content_ids=(ids[:, 0], ids[:, 1]), gather=False
+                query, target, Contrast(self.contrast.temperature), content_ids=(ids[:, 0], ids[:, 1]), gather=False
             ).mean_loss
             for what, value in (("loss", float(loss)), ("recall_at_1", _recall_at_1(query, target, ids))):
                 values[what].append(value)

@@ -10,10 +10,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+from gve.items import InputError
+from gve.model.clock import CLOCK
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How the rows of a batch are contrasted.
+
+    Args:
+        temperature: divides the cosines.
+        false_negative_margin: masks negatives whose cosine is above the positive's by more than this; None: off.
+        tile: columns of cosines that exist at a time; each tile is computed again in backward, so memory is
+            B * tile instead of B * W * B values, for one more matrix product. 0: all at once.
+    """
+
+    temperature: float = 0.03
+    false_negative_margin: float | None = None
+    tile: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"temperature {self.temperature} must be > 0 (the paper's is 0.03)")
+        if self.tile < 0:
+            raise InputError(f"loss_tile {self.tile} must be >= 0 (0: no tiles)")
+
+
+_CONTRAST = Contrast()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +89,14 @@ class InfoNCE:
 def info_nce(
     query: torch.Tensor,
     target: torch.Tensor,
+    contrast: Contrast = _CONTRAST,
     *,
-    temperature: float = 0.03,
     negatives: HardNegatives | None = None,
     content_ids: tuple[torch.Tensor, torch.Tensor] | None = None,
     valid: torch.Tensor | None = None,
-    false_negative_margin: float | None = None,
     gather: bool = True,
 ) -> InfoNCE:
-    """Symmetric InfoNCE of paper eq. 1, in float32 whatever the autocast state.
+    """Symmetric InfoNCE of paper eq. 1, in float32 whatever the autocast state (in float64 for float64 rows).
 
     Query i contrasts its target with the other targets of all ranks and with its own hard negatives; target i
     contrasts its query with the other queries. L_i is the mean of the two, the loss the mean over all valid pairs.
@@ -75,86 +104,136 @@ def info_nce(
     Args:
         query: [B, D] unit rows. B must be equal on all ranks.
         target: [B, D] unit rows; row i is the positive of query i.
-        temperature: divides the cosines.
+        contrast: temperature, margin and tiles.
         negatives: hard negatives; they enter only the query's side, and only in their own row.
         content_ids: ([B], [B]) int64 of the queries and the targets. Another pair with an equal query or an equal
             target is a false negative and is masked, also across ranks; so is a hard negative equal to the positive.
         valid: [B] bool, False on pairs that could not be read: no row and no column of theirs counts.
-        false_negative_margin: masks negatives whose cosine is above the positive's by more than this; None: off.
         gather: contrast with the pairs of all ranks; without a process group this changes nothing.
     """
-    with _exact_float32(query.device.type):
-        query, target = query.float(), target.float()
+    with CLOCK.phase("loss"), _exact_float32(query.device.type):
+        query, target = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (query, target))
         world, rank = (dist.get_world_size(), dist.get_rank()) if gather and _distributed() else (1, 0)
-        all_queries, all_targets = query, target
-        if world > 1:
-            all_queries, all_targets = _GatherWithGradient.apply(torch.cat([query, target], 1)).chunk(2, 1)
-        pairs = torch.zeros(len(query), len(all_queries), dtype=torch.bool, device=query.device)
-        pairs.diagonal(rank * len(query)).fill_(True)
         if valid is None:
             valid = torch.ones(len(query), dtype=torch.bool, device=query.device)
-        others = ~pairs & _may_contrast(content_ids, valid, world)
+        own = torch.stack([*(content_ids or (valid, valid)), valid], 1).long()
+        columns, column_ids = torch.cat([query, target], 1), own
+        if world > 1:
+            columns, column_ids = _GatherWithGradient.apply(columns), _all_gather(own)
+        positive = (query * target).sum(1)
+        ceiling = torch.full_like(positive, torch.inf)
+        if contrast.false_negative_margin is not None:
+            ceiling = positive.detach() + contrast.false_negative_margin
+        hard = _hard_cosines(query, negatives, None if content_ids is None else content_ids[1], ceiling)
 
-        cosines, reverse = query @ all_targets.T, target @ all_queries.T
-        hard, hard_others = _hard_cosines(query, negatives, None if content_ids is None else content_ids[1])
-        positive = cosines[pairs]
-        ceiling = torch.inf if false_negative_margin is None else positive.detach()[:, None] + false_negative_margin
-        cosines = cosines.masked_fill(~(pairs | (others & (cosines <= ceiling))), -torch.inf)
-        reverse = reverse.masked_fill(~(pairs | (others & (reverse <= ceiling))), -torch.inf)
-        hard = hard.masked_fill(~(hard_others & (hard <= ceiling)), -torch.inf)
+        width, temperature = contrast.tile or len(columns), contrast.temperature
+        against = partial(_against, temperature=temperature, by_content=content_ids is not None)
+        if width < len(columns):
+            against = partial(checkpoint, against, use_reentrant=False, preserve_rng_state=False)
+        number = torch.arange(len(columns), device=query.device)
+        first = rank * len(query)
+        own = torch.cat([own, number[first : first + len(query), None]], 1)
+        tiles = [
+            against(query, target, ceiling, own, *part)
+            for part in zip(columns.split(width), torch.cat([column_ids, number[:, None]], 1).split(width), strict=True)
+        ]
+        forward, backward, largest, total, count = (torch.stack(each, 1) for each in zip(*tiles, strict=True))
 
-        query_loss = (torch.cat([cosines, hard], 1) / temperature).logsumexp(1) - positive / temperature
-        target_loss = (reverse / temperature).logsumexp(1) - positive / temperature
+        own_logit = positive[:, None] / temperature
+        query_loss = torch.cat([own_logit, forward, hard / temperature], 1).logsumexp(1) - own_logit[:, 0]
+        target_loss = torch.cat([own_logit, backward], 1).logsumexp(1) - own_logit[:, 0]
         loss_sum = torch.where(valid, (query_loss + target_loss) / 2, 0).sum()
-        return _report(loss_sum, cosines.detach(), hard.detach(), pairs, valid, world)
+        positive, largest = positive.detach(), torch.cat([largest, hard.detach()], 1).amax(1)
+        relevance = torch.stack([positive + total.sum(1), 1 + count.sum(1)], 1)
+        return _report(loss_sum, positive, largest, relevance, valid, world)
 
 
-def _may_contrast(
-    content_ids: tuple[torch.Tensor, torch.Tensor] | None, valid: torch.Tensor, world: int
-) -> torch.Tensor:
-    """[B, W * B] bool: the column's pair could be read and shares no content with the row's pair."""
-    own = torch.stack([*(content_ids or (valid, valid)), valid], 1).long()
-    columns = _all_gather(own) if world > 1 else own
-    readable = columns[:, 2].bool().expand(len(own), -1)
-    if content_ids is None:
-        return readable
-    return readable & ~(own[:, None, :2] == columns[None, :, :2]).any(-1)
+def _against(
+    query: torch.Tensor,
+    target: torch.Tensor,
+    ceiling: torch.Tensor,
+    own: torch.Tensor,
+    columns: torch.Tensor,
+    column_ids: torch.Tensor,
+    *,
+    temperature: float,
+    by_content: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """B pairs against the other pairs among C columns; the own pair is left out.
+
+    Args:
+        query, target: [B, D].
+        ceiling: [B], cosines above are false negatives.
+        own: [B, 4] int64: content ids of query and target, 1 when the pair could be read, number of the pair.
+        columns: [C, 2 D], queries and targets side by side.
+        column_ids: [C, 4] int64, as `own`.
+        by_content: mask columns that share a content id with the row.
+
+    Returns:
+        Five [B]: logsumexp of the query's logits and of the target's; then without gradient the largest, the sum and
+        the number of the query's cosines that count.
+    """
+    # Entered here again: with tiles this runs a second time in backward, outside the caller's.
+    with _exact_float32(query.device.type):
+        all_queries, all_targets = columns.chunk(2, 1)
+        cosines, reverse = query @ all_targets.T, target @ all_queries.T
+        others = column_ids[:, 2].bool() & (own[:, None, 3] != column_ids[None, :, 3])
+        if by_content:
+            others = others & ~(own[:, None, :2] == column_ids[None, :, :2]).any(-1)
+        cosines = cosines.masked_fill(~(others & (cosines <= ceiling[:, None])), -torch.inf)
+        reverse = reverse.masked_fill(~(others & (reverse <= ceiling[:, None])), -torch.inf)
+        seen = cosines.detach()
+        counts = seen.isfinite()
+        return (
+            (cosines / temperature).logsumexp(1),
+            (reverse / temperature).logsumexp(1),
+            seen.amax(1),
+            torch.where(counts, seen, 0).sum(1),
+            counts.sum(1),
+        )
 
 
 def _hard_cosines(
-    query: torch.Tensor, negatives: HardNegatives | None, positive_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines [B, N] of each query with its own hard negatives, and which of them count."""
+    query: torch.Tensor, negatives: HardNegatives | None, positive_ids: torch.Tensor | None, ceiling: torch.Tensor
+) -> torch.Tensor:
+    """Cosines [B, N] of each query with its own hard negatives, -inf on those that do not count."""
     if negatives is None:
-        return query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.bool, device=query.device)
+        return query.new_empty(len(query), 0)
     index = negatives.index.clamp(min=0)
     counts = negatives.index >= 0
     if negatives.valid is not None:
         counts = counts & negatives.valid[index]
     if negatives.content_ids is not None and positive_ids is not None:
         counts = counts & (negatives.content_ids[index] != positive_ids[:, None])
-    return torch.einsum("bd,bnd->bn", query, negatives.embeddings.float()[index]), counts
+    cosines = torch.einsum("bd,bnd->bn", query, negatives.embeddings.to(query.dtype)[index])
+    return cosines.masked_fill(~(counts & (cosines <= ceiling[:, None])), -torch.inf)
 
 
 def _report(
     loss_sum: torch.Tensor,
-    cosines: torch.Tensor,
-    hard: torch.Tensor,
-    pairs: torch.Tensor,
+    positive: torch.Tensor,
+    largest: torch.Tensor,
+    relevance: torch.Tensor,
     valid: torch.Tensor,
     world: int,
 ) -> InfoNCE:
-    """Scales the loss and reduces what is watched over the ranks, in one collective; masked cosines are -inf."""
-    positive = cosines[pairs]
-    gap = positive - torch.cat([cosines.masked_fill(pairs, -torch.inf), hard], 1).amax(1)
+    """Scales the loss and reduces what is watched over the ranks, in one collective.
+
+    Args:
+        loss_sum: scalar, over this rank's valid pairs.
+        positive: [B] cosines of the pairs.
+        largest: [B] largest cosine of a negative, -inf where there is none.
+        relevance: [B, 2], sum and number of the cosines that count in a row, the positive's too.
+        valid: [B] bool.
+        world: W.
+    """
+    gap = positive - largest
     contrasted = valid & gap.isfinite()
-    seen = cosines.isfinite() & valid[:, None]
     sums = torch.stack(
         [
             loss_sum.detach(),
             valid.sum(),
-            torch.where(seen, cosines, 0).sum(),
-            seen.sum(),
+            *torch.where(valid[:, None], relevance, 0).sum(0),
             torch.where(valid, positive, 0).sum(),
             torch.where(contrasted, gap, 0).sum(),
             (contrasted & (gap > 0)).sum(),
@@ -162,16 +241,18 @@ def _report(
         ]
     ).double()
     if world > 1:
-        dist.all_reduce(sums)
-    total, num_pairs, relevance, num_seen, positives, gaps, correct, num_contrasted = sums.unbind()
+        with CLOCK.phase("comm"):
+            dist.all_reduce(sums)
+    total, num_pairs, cosines, num_cosines, positives, gaps, correct, num_contrasted = sums.unbind()
     num_pairs = num_pairs.clamp(min=1)
+    dtype = loss_sum.dtype
     return InfoNCE(
-        loss=loss_sum * (world / num_pairs).float(),
-        mean_loss=(total / num_pairs).float(),
-        mean_relevance=(relevance / num_seen.clamp(min=1)).float(),
-        mean_positive=(positives / num_pairs).float(),
-        max_negative_gap=(gaps / num_contrasted).float(),
-        accuracy=(correct / num_contrasted).float(),
+        loss=loss_sum * (world / num_pairs).to(dtype),
+        mean_loss=(total / num_pairs).to(dtype),
+        mean_relevance=(cosines / num_cosines.clamp(min=1)).to(dtype),
+        mean_positive=(positives / num_pairs).to(dtype),
+        max_negative_gap=(gaps / num_contrasted).to(dtype),
+        accuracy=(correct / num_contrasted).to(dtype),
     )
 
 
@@ -181,7 +262,8 @@ def _distributed() -> bool:
 
 def _all_gather(rows: torch.Tensor) -> torch.Tensor:
     gathered = rows.new_empty(dist.get_world_size() * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_single(gathered, rows.contiguous())
+    with CLOCK.phase("comm"):
+        dist.all_gather_single(gathered, rows.contiguous())
     return gathered
 
 
@@ -195,7 +277,8 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         own = gradient.new_empty(gradient.shape[0] // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_single(own, gradient.contiguous())
+        with CLOCK.phase("comm"):
+            dist.reduce_scatter_single(own, gradient.contiguous())
         return own
 
 
