@@ -10,10 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 from gve.toy.forms import Fact, Form, Noun, Story, density, pace, palette
 from gve.toy.language import Dialect, join, sentence
 from gve.toy.scenes import SLOTS, Clip, Scene, Thing
+
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Teller:
     dialect: Dialect
     random: random.Random
 
-    def one(self, choices: Sequence[str]) -> str:
+    def one(self, choices: Sequence[Choice]) -> Choice:
         return self.random.choice(list(choices))
 
     def coin(self, probability: float = 0.5) -> bool:
@@ -53,7 +56,7 @@ def _event_facts(thing: Thing, who: int) -> tuple[Fact, ...]:
     return tuple(Fact("does", event, (who,)) for event in dict.fromkeys(thing.events))
 
 
-def _relation(one: Thing, other: Thing) -> str:
+def relation(one: Thing, other: Thing) -> str:
     """How the first stands to the second, along the axis on which they are further apart."""
     dx, dy = other.place[0] - one.place[0], other.place[1] - one.place[1]
     if abs(dx) >= abs(dy):
@@ -61,7 +64,7 @@ def _relation(one: Thing, other: Thing) -> str:
     return "above" if dy > 0 else "below"
 
 
-def _timeline(scene: Scene) -> list[tuple[int, str]]:
+def timeline(scene: Scene) -> list[tuple[int, str]]:
     """(thing, event) of the slot events in order of time."""
     return [(i, t.course[slot]) for slot in range(len(SLOTS)) for i, t in enumerate(scene.things) if t.course[slot]]
 
@@ -107,7 +110,7 @@ def paragraph(scene: Scene, teller: Teller) -> Caption:
         sentences.append(sentence(f"{opening} {d.ground(scene.ground)}"))
     if teller.coin():
         one, other = scene.things[:2]
-        facts.append(Fact(_relation(one, other), who=(0, 1)))
+        facts.append(Fact(relation(one, other), who=(0, 1)))
         sentences.append(_relation_sentence(scene, 0, 1, teller))
     return Caption(" ".join(sentences), (Form(nouns, tuple(facts)),))
 
@@ -115,14 +118,14 @@ def paragraph(scene: Scene, teller: Teller) -> Caption:
 def _relation_sentence(scene: Scene, one: int, other: int, teller: Teller) -> str:
     d = teller.dialect
     first, second = scene.things[one], scene.things[other]
-    relation = d.relations[_relation(first, second)]
-    return sentence(f"{d.noun(_noun(first), 'the')} is {relation} {d.noun(_noun(second), 'the')}")
+    stands = d.relations[relation(first, second)]
+    return sentence(f"{d.noun(_noun(first), 'the')} is {stands} {d.noun(_noun(second), 'the')}")
 
 
 def _arrangement(things: Sequence[Thing], nouns: Sequence[Noun], teller: Teller) -> tuple[str, Fact]:
     """The first two things, brought in by how they stand to each other."""
     d = teller.dialect
-    fact = Fact(_relation(things[0], things[1]), who=(0, 1))
+    fact = Fact(relation(things[0], things[1]), who=(0, 1))
     openings = ["{a} is {r} {b}", "there is {a} {r} {b}"] if teller.terse else ["one sees {a} {r} {b}"]
     text = teller.one(openings).format(a=d.noun(nouns[0]), r=d.relations[fact.kind], b=d.noun(nouns[1]))
     return sentence(text), fact
@@ -148,7 +151,7 @@ def spatial(scene: Scene, teller: Teller) -> Caption:
 
 def _order_clause(scene: Scene, nouns: Sequence[Noun], teller: Teller, article: str) -> tuple[str, Fact]:
     """The slot events in their order, as one sentence, and the fact it states."""
-    d, steps = teller.dialect, _timeline(scene)
+    d, steps = teller.dialect, timeline(scene)
     links = teller.random.choice(
         [("first", "then", "and last"), ("to begin with", "next", "and in the end")]
         if teller.terse
@@ -215,7 +218,7 @@ def detailed(scene: Scene, teller: Teller) -> Caption:
         sentences.append(sentence(f"{d.noun(_noun(thing), 'the')} {verb}"))
         facts += [Fact("at", thing.place, (who,)), *_event_facts(thing, who)]
     for one, other in pairwise(order):
-        facts.append(Fact(_relation(scene.things[one], scene.things[other]), who=(one, other)))
+        facts.append(Fact(relation(scene.things[one], scene.things[other]), who=(one, other)))
         sentences.append(_relation_sentence(scene, one, other, teller))
     return Caption(" ".join(sentences), (Form(nouns, tuple(facts)),))
 
@@ -303,7 +306,7 @@ def story(clip: Clip, teller: Teller) -> Caption:
         text = " ".join(sentence(s) for s in sentences)
         if len(nouns) > 1:
             text += " " + _relation_sentence(scene, 0, 1, teller)
-            facts.append(Fact(_relation(*scene.things[:2]), who=(0, 1)))
+            facts.append(Fact(relation(*scene.things[:2]), who=(0, 1)))
         texts.append(text)
         forms.append(Form(nouns, tuple(facts)))
     return Caption(" ".join(texts), tuple(forms))
