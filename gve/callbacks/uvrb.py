@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import lightning.pytorch as L
-import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
+from gve.callbacks.randomness import undisturbed
 from gve.encode.encoder import BackboneEncoder
 from gve.encode.store import EmbeddingStore
 from gve.eval.ablation import check_ablations
@@ -142,7 +140,7 @@ class UVRBEvaluation(L.Callback):
         if self.max_queries is not None:
             sets = [tested.subset(self.max_queries) for tested in sets]
         encoder = self._encoder_of(pl_module)
-        with _undisturbed(), trainer.precision_plugin.forward_context():
+        with undisturbed(), trainer.precision_plugin.forward_context():
             scores = evaluate(encoder, sets, progress="uvrb")
         results = self._results(trainer.global_step, encoder, scores)
         # From every rank: the values are equal already, and a monitor must find its key on all of them.
@@ -154,7 +152,7 @@ class UVRBEvaluation(L.Callback):
     def _in_full(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         encoder = self._encoder_of(pl_module)
         folder = Path(trainer.default_root_dir) / "embeddings" if self.store else None
-        with _undisturbed(), trainer.precision_plugin.forward_context():
+        with undisturbed(), trainer.precision_plugin.forward_context():
             store = EmbeddingStore(folder, encoder.fingerprint)
             scores = self._pass(encoder, store)
             untrained: Scores = {}
@@ -230,13 +228,3 @@ def _trained_steps(trainer: L.Trainer) -> int:
     if trainer.ckpt_path is None or not Path(trainer.ckpt_path).is_file():
         return trainer.global_step
     return int(torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Random generators are afterwards as they were, whatever ran inside."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
