@@ -1,7 +1,9 @@
 """`gve fit | validate | test | predict`: LightningCLI over VideoEmbedder and PyramidDataModule.
 
 One run is one folder, `trainer.default_root_dir`: config.yaml, run.json, tensorboard/, checkpoints/, uvrb.json and
-report.md.
+report.md. `fit --ckpt_path auto` goes on from the newest whole checkpoint of that folder, or begins where there is
+none: the same command starts a run and starts it again. A run that is asked to stop (SIGTERM, SIGUSR1) saves its state
+and exits with 85.
 Values that two parts must share are linked here once, so that they cannot disagree.
 """
 
@@ -13,22 +15,33 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gve.callbacks import Predictions, RunRecord, Throughput, UVRBEvaluation
+from gve.callbacks import (
+    AtomicCheckpointIO,
+    Predictions,
+    RunCheckpoints,
+    RunRecord,
+    Throughput,
+    UVRBEvaluation,
+    newest_checkpoint,
+    require_checkpoint,
+)
 from gve.data.datamodule import PyramidDataModule
 from gve.items import InputError
 from gve.model.embedder import VideoEmbedder
+
+AUTO = "auto"
+"""Value of --ckpt_path that asks for the newest whole checkpoint of the run folder."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -94,16 +107,8 @@ class GVECLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(UVRBEvaluation, "uvrb")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/loss",
-                "checkpoint.mode": "min",
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
+        parser.add_lightning_class_args(RunRecord, "record")
+        parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
         parser.link_arguments("model.base", "data.base")
         # The model's record itself: parse-time links copy single values, not a record of records.
         parser.link_arguments("model.inputs", "data.inputs", apply_on="instantiate")
@@ -122,9 +127,14 @@ class GVECLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         _require_writable(Path(config.trainer.default_root_dir))
-        # "last" and "hpc" are Lightning's names for the newest checkpoint of the run folder, if there is one.
-        if config.ckpt_path is not None and config.ckpt_path not in ("last", "hpc"):
-            _require_checkpoint(str(config.ckpt_path))
+        if "ckpt_path" not in config or config.ckpt_path is None:
+            return
+        if config.ckpt_path == AUTO:
+            self._newest = newest_checkpoint(config.checkpoint.dirpath)
+            if self._newest is None and self.config.subcommand != "fit":
+                raise InputError(f"{config.checkpoint.dirpath} holds no checkpoint: give one by --ckpt_path")
+        else:
+            require_checkpoint(str(config.ckpt_path))
 
     def instantiate_classes(self) -> None:
         try:
@@ -138,6 +148,7 @@ class GVECLI(LightningCLI):
         if config.logger is None:
             # A fixed name and version: a run that is started again continues its own curves.
             kwargs["logger"] = TensorBoardLogger(save_dir=config.default_root_dir, name="tensorboard", version="")
+        kwargs["plugins"] = _plugins(config.plugins)
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
@@ -148,6 +159,13 @@ class GVECLI(LightningCLI):
 
     def after_test(self) -> None:
         self._print_dev("test")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("ckpt_path") == AUTO:
+            # Here and not in the configuration, which is saved: the same command is given again.
+            kwargs["ckpt_path"] = self._newest
+        return kwargs
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **settings: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **settings)
@@ -179,18 +197,17 @@ def _require_writable(folder: Path) -> None:
         )
 
 
-def _require_checkpoint(path: str) -> None:
-    """Whether it fits this model is checked when it is loaded."""
-    if "://" in path:
-        return
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except OSError as error:
-        raise InputError(f"checkpoint {path} cannot be read ({error.strerror}): check --ckpt_path") from None
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
-        raise InputError(f"{path} is no checkpoint that can be loaded as plain tensors: give one of gve fit") from None
-    if not isinstance(checkpoint, dict) or "gve" not in checkpoint:
-        raise InputError(f"checkpoint {path} was not written by gve: it names no base and no input policy")
+def _plugins(given: Any) -> list[Any]:
+    """The trainer's plugins: what is given, atomic checkpoints, and under SLURM no requeue by Lightning.
+
+    Lightning's own saves inside a signal handler: that hangs with several ranks, and saves a loader worker's state.
+    """
+    plugins = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    if SLURMEnvironment.detect() and not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 class _Parsed(Exception):
@@ -238,7 +255,7 @@ def _run(cli: type[GVECLI], argv: Sequence[str]) -> None:
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
             "enable_model_summary": False,  # the self-check of VideoEmbedder says it in words
-            "callbacks": [RunRecord(), Throughput(), Predictions()],
+            "callbacks": [Throughput(), Predictions()],
         },
         parser_kwargs={"exit_on_error": False},
     )

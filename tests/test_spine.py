@@ -122,7 +122,8 @@ def test_a_run_is_one_folder(first: Path) -> None:
     events = {name for name in files if name.startswith("tensorboard/events.")}
     assert len(events) == 1
     assert files - events == {
-        *("config.yaml", "run.json", "tensorboard/hparams.yaml", "checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+        *("config.yaml", "run.json", "tensorboard/hparams.yaml"),
+        *(f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")),
     }
     checkpoint = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)
     layers = json.loads((Path(checkpoint["gve"]["base"]) / "config.json").read_text())["text_config"]

@@ -1,8 +1,24 @@
-"""What runs beside the loops: the benchmark, the record of a run, its speed, and the embeddings of predict."""
+"""What runs beside the loops: the benchmark, checkpoints and preemption, the record of a run, its speed, and the
+embeddings of predict.
+"""
 
+from gve.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoints, newest_checkpoint, require_checkpoint
 from gve.callbacks.predictions import Predictions
+from gve.callbacks.preemption import PREEMPTED, Preempted
 from gve.callbacks.run_record import RunRecord
 from gve.callbacks.throughput import Throughput
 from gve.callbacks.uvrb import EvaluationInputs, UVRBEvaluation
 
-__all__ = ["EvaluationInputs", "Predictions", "RunRecord", "Throughput", "UVRBEvaluation"]
+__all__ = [
+    "PREEMPTED",
+    "AtomicCheckpointIO",
+    "EvaluationInputs",
+    "Predictions",
+    "Preempted",
+    "RunCheckpoints",
+    "RunRecord",
+    "Throughput",
+    "UVRBEvaluation",
+    "newest_checkpoint",
+    "require_checkpoint",
+]

@@ -341,7 +341,20 @@ class PyramidDataModule(pl.LightningDataModule):
             self.held_out,
         )
         rank, world = self._world
-        return StepLoader(begin, build, num_steps, num_workers=self.num_workers, rank=rank, world=world)
+        return StepLoader(
+            begin, build, num_steps, num_workers=self.num_workers, rank=rank, world=world, agree=self._agree
+        )
+
+    def _agree(self, fault: str) -> str:
+        """The first fault that any rank has; a collective."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return fault
+        found = torch.tensor(int(bool(fault)), device=self.trainer.strategy.root_device)
+        if not int(self.trainer.strategy.reduce(found, reduce_op="max")):
+            return ""
+        faults = [""] * self.trainer.world_size
+        torch.distributed.all_gather_object(faults, fault)
+        return next(fault for fault in faults if fault)
 
     def _begin_epoch(self) -> EpochPlan:
         """The plan of the epoch that Lightning is about to run, or of what is left of it."""

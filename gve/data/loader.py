@@ -63,6 +63,8 @@ class Quarantine:
         """Samples asked for in this process so far."""
         self.skipped: Counter[str] = Counter()
         """Source -> samples masked in this process so far."""
+        self.fault = ""
+        """Why the run must stop: more samples than allowed could not be read. Empty while it may go on."""
         for path in sorted(folder.glob("quarantine-*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
@@ -91,11 +93,7 @@ class Quarantine:
         log.warning("sample %s is masked: %s", key, reason)
 
     def account(self, batch: TrainBatch) -> None:
-        """Writes down and counts what a batch lacks.
-
-        Raises:
-            ShardError: more samples than allowed could not be read.
-        """
+        """Writes down and counts what a batch lacks; sets `fault` when that is more than allowed."""
         for key, reason in batch.skipped:
             self.add(key, batch.epoch, batch.step, reason)
         self.samples += len(batch)
@@ -103,7 +101,7 @@ class Quarantine:
         skipped = self.skipped.total()
         if skipped > self._max_skip_rate * max(self.samples, 1000):
             key, reason = batch.skipped[-1] if batch.skipped else ("", "")
-            raise ShardError(
+            self.fault = (
                 f"{skipped} of {self.samples} samples could not be read, max_skip_rate is {self._max_skip_rate}; "
                 f"the last one: {key}: {reason}; all are in {self._file}"
             )
@@ -282,6 +280,8 @@ class StepLoader:
         num_workers: processes that build.
         rank, world: this process and how many there are.
         timeout_s: a worker that is waited for longer than this is killed.
+        agree: called at every step of every rank with why this one must stop (mostly ""); gives why all must. A rank
+            that stopped alone would leave the others waiting in their next collective.
     """
 
     def __init__(
@@ -294,9 +294,10 @@ class StepLoader:
         rank: int = 0,
         world: int = 1,
         timeout_s: float = 900.0,
+        agree: Callable[[str], str] = str,
     ) -> None:
         self._begin, self._build, self._num_steps, self._timeout_s = begin, build, num_steps, timeout_s
-        self._num_workers, self._rank, self._world = num_workers, rank, world
+        self._num_workers, self._rank, self._world, self._agree = num_workers, rank, world, agree
 
     def __len__(self) -> int:
         return self._num_steps
@@ -315,6 +316,8 @@ class StepLoader:
                     self._bury(steps, error, lost)
                     break
                 self._build.quarantine.account(batch)
+                if fault := self._agree(self._build.quarantine.fault):
+                    raise ShardError(fault)
                 step = batch.step + 1
                 yield batch
             del stream  # joins its workers, and terminates one that hangs
