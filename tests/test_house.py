@@ -25,7 +25,7 @@ TABLE = {
     "data": {"items", "video", "inputs"},
     "eval": {"items", "video", "inputs", "model", "encode"},
     "callbacks": {"items", "video", "inputs", "model", "encode", "eval"},
-    "toy": {"items", "video", "inputs", "data.shards", "eval", "encode"},
+    "toy": {"items", "video", "inputs", "model", "data.shards", "eval", "encode"},
     "lightning_cli": {"items", "callbacks", "data", "model"},
     "cli": {"items"},
     "__main__": {"cli"},
