@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gve.callbacks import (
     AtomicCheckpointIO,
+    CurriculumProbe,
     Predictions,
     RunCheckpoints,
     RunRecord,
@@ -106,6 +107,7 @@ class GVECLI(LightningCLI):
     """LightningCLI with the project's links, callbacks and logger."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(CurriculumProbe, "probe")
         parser.add_lightning_class_args(UVRBEvaluation, "uvrb")
         parser.add_lightning_class_args(RunRecord, "record")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")

@@ -1,10 +1,11 @@
-"""What runs beside the loops: the benchmark, checkpoints and preemption, the record of a run, its speed, and the
+"""What runs beside the loops: the benchmark, the curriculum's prober, checkpoints and preemption, the record of a run, its speed, and the
 embeddings of predict.
 """
 
 from gve.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoints, newest_checkpoint, require_checkpoint
 from gve.callbacks.predictions import Predictions
 from gve.callbacks.preemption import PREEMPTED, Preempted
+from gve.callbacks.probe import CurriculumProbe
 from gve.callbacks.run_record import RunRecord
 from gve.callbacks.throughput import Throughput
 from gve.callbacks.uvrb import EvaluationInputs, UVRBEvaluation
@@ -12,6 +13,7 @@ from gve.callbacks.uvrb import EvaluationInputs, UVRBEvaluation
 __all__ = [
     "PREEMPTED",
     "AtomicCheckpointIO",
+    "CurriculumProbe",
     "EvaluationInputs",
     "Predictions",
     "Preempted",
