@@ -24,6 +24,7 @@ COMMANDS = {
     "predict": ("gve.lightning_cli", "embeddings of the dev split's queries and targets"),
     "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show)"),
     "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
+    "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
 }
 
 

@@ -26,6 +26,8 @@ TABLE = {
     "eval": {"items", "video", "inputs", "model", "encode"},
     "callbacks": {"items", "video", "inputs", "model", "encode", "eval"},
     "toy": {"items", "video", "inputs", "model", "data.shards", "eval", "encode"},
+    "mining": {"items", "inputs", "data", "encode"},
+    "mining_cli": {"items", "video", "inputs", "data", "encode", "mining"},
     "lightning_cli": {"items", "callbacks", "data", "model"},
     "cli": {"items"},
     "__main__": {"cli"},
