@@ -1,30 +1,31 @@
-"""A listing of files and texts -> verified shards; and checks and numbers of shards that exist.
+"""Rows of a reader (a listing, a data set) -> verified shards; and checks and numbers of shards that exist.
 
 This is where raw files enter, so each one is decoded in a killable child before anything is written.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import re
+import os
+import shutil
+import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image as PilImage
 
-from gve.data.curriculum import TASKS
-from gve.data.manifest import MANIFEST, Manifest, Presample, write_atomically
+from gve.data.manifest import MANIFEST, Manifest, Presample
+from gve.data.readers import Dropped, Listing, Reader, Row, RowError
 from gve.data.schema import ShardError
 from gve.data.shards import QUERY, TARGET, ShardIndex, ShardWriter, files_of
 from gve.data.sources import Source, open_root, open_sources
-from gve.items import Frames, Image, InputError, Item, Media, Pair, Part, Text, Video
+from gve.items import Frames, Image, Item, Pair, Part, Text, Video
 from gve.video import MediaError, Sampling, decode_guarded, decode_image
 
 REJECTS = "rejects.jsonl"
@@ -32,20 +33,8 @@ MAX_LINES = 20
 """Bad rows that are named before a build gives up."""
 
 _VERIFY = Sampling.uniform(8)
-_CSV_TEXTS = ("caption", "text", "sentence")
-
-
-class RowError(InputError):
-    """One row of a listing cannot be used.
-
-    Args:
-        message: one line.
-        reason: short slug that is counted.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+_SEEN = 100_000
+"""Files whose verdict is remembered, so that one which many pairs share is decoded once."""
 
 
 class BadRows(ShardError):
@@ -93,63 +82,101 @@ class BuildOptions:
 
 @dataclass
 class BuildResult:
-    """What a build did: samples by source, and rejected rows by reason."""
+    """What a build did: samples by source, rows that could not be used by reason, and rows left out by rule."""
 
     samples: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 def build(
-    listing: str | Path, out: str | Path, options: BuildOptions, progress: Callable[[int, int], None] | None = None
+    rows: str | Path | Reader,
+    out: str | Path,
+    options: BuildOptions,
+    progress: Callable[[int, int | None], None] | None = None,
 ) -> BuildResult:
-    """Writes the shards of a listing into a shard folder, all of them or none.
+    """Writes the shards of a listing or of a data set into a shard folder, all of them or none.
+
+    No more than a few rows are in memory at a time, whatever the number of rows.
 
     Args:
-        listing: jsonl of {"query": {"text" | "image" | "video": ...}, "target": {...}, "negatives": [...], "source",
-            "task", "instruction"}, or csv with the columns `video` or `image` and `caption` (text to medium), or with
-            columns like query_text, query_image and target_video. Paths are relative to the listing.
+        rows: a reader, or the path of a listing (gve.data.readers.Listing says what it holds).
         out: shard folder.
         options: see there.
-        progress: called with (rows done, all rows).
+        progress: called with (rows done, all rows or None where that is not known).
 
     Raises:
         BadRows: rows cannot be used, and `skip_bad` is off.
-        ShardError: the listing cannot be read, the folder cannot be written, or no row is left.
+        ShardError: the rows cannot be read, the folder cannot be written, or no row is left.
     """
-    listing, out = Path(listing), Path(out)
-    reader = _Listing(listing, options)
-    total, tasks = reader.survey()
-    if total == 0:
-        raise ShardError(f"{listing} has no rows: give one JSON object a line, or a csv with a header")
+    out = Path(out)
+    if isinstance(rows, (str, Path)):
+        rows = Listing(rows, options.source, options.task, any_task=options.level is not None)
     result = BuildResult()
-    rejects: list[dict[str, Any]] = []
+    # A data set of millions may lack millions of its clips: what is rejected is not kept in memory either.
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as rejects:
+        _write_all(rows, out, options, progress, result, rejects)
+        if result.rejected:
+            rejects.seek(0)
+            _append(out / REJECTS, rejects)
+    return result
+
+
+def _write_all(
+    reader: Reader,
+    out: Path,
+    options: BuildOptions,
+    progress: Callable[[int, int | None], None] | None,
+    result: BuildResult,
+    rejects: TextIO,
+) -> None:
+    total, tasks = reader.survey()
+    bad: list[str] = []
     with ExitStack() as stack:
         writers: dict[tuple[str, str], ShardWriter] = {}
-        for number, pair in reader.pairs():
+        for number, row in _Verifier(options).verified(reader.rows()):
             if progress:
-                progress(number, total)
-            if isinstance(pair, RowError):
-                result.rejected[pair.reason] += 1
-                rejects.append({"row": number, "reason": pair.reason, "message": str(pair)})
-                if not options.skip_bad and len(rejects) >= MAX_LINES:
+                progress(number, total or None)
+            if isinstance(row, Dropped):
+                result.dropped[row.reason] += 1
+            elif isinstance(row, RowError):
+                result.rejected[row.reason] += 1
+                reject = {"listing": reader.name, "row": number, "reason": row.reason, "message": str(row)}
+                rejects.write(json.dumps(reject) + "\n")
+                if len(bad) < MAX_LINES:
+                    bad.append(f"row {number}: {row}")
+                if not options.skip_bad and len(bad) == MAX_LINES:
                     break
-            elif options.skip_bad or not rejects:
-                name = pair.source if len(tasks[pair.source]) == 1 else f"{pair.source}_{pair.task.lower()}"
-                if (name, pair.task) not in writers:
-                    writers[name, pair.task] = stack.enter_context(_writer(out, name, pair.task, options))
-                writers[name, pair.task].write(pair, {"listing": listing.name, "row": number})
+            elif options.skip_bad or not bad:
+                name = row.source if len(tasks[row.source]) == 1 else f"{row.source}_{row.task.lower()}"
+                if (name, row.task) not in writers:
+                    writers[name, row.task] = stack.enter_context(_writer(out, name, row.task, options))
+                provenance = {"listing": reader.name, "row": number} | ({"id": row.key} if row.key else {})
+                writers[name, row.task].write(row, provenance)
                 result.samples[name] += 1
-        if rejects and not options.skip_bad:
-            lines = [f"row {reject['row']}: {reject['message']}" for reject in rejects]
-            raise BadRows(lines, more=len(rejects) >= MAX_LINES)
+        if bad and not options.skip_bad:
+            raise BadRows(bad, more=len(bad) == MAX_LINES)
+        if not writers and bad:
+            raise ShardError(f"{reader.name}: all {result.rejected.total()} rows are bad, the first: {bad[0]}")
         if not writers:
-            raise ShardError(f"{listing}: all {len(rejects)} rows are bad, the first: {rejects[0]['message']}")
-    if rejects:
-        path = out / REJECTS
-        old = path.read_bytes() if path.exists() else b""
-        new = "".join(json.dumps({"listing": str(listing), **reject}) + "\n" for reject in rejects)
-        write_atomically(path, old + new.encode())
-    return result
+            dropped = ", ".join(f"{count} {reason}" for reason, count in result.dropped.items())
+            raise ShardError(f"{reader.name}: no row is left to write (left out: {dropped or 'none, there is none'})")
+
+
+def _append(path: Path, lines: TextIO) -> None:
+    """Adds lines to a file in one rename: a reader sees all of them or none."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            if path.exists():
+                with open(path, encoding="utf-8") as old:
+                    shutil.copyfileobj(old, file)
+            shutil.copyfileobj(lines, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _writer(out: Path, source: str, task: str, options: BuildOptions) -> ShardWriter:
@@ -165,37 +192,23 @@ def _writer(out: Path, source: str, task: str, options: BuildOptions) -> ShardWr
     )
 
 
-class _Listing:
-    """Reads a listing row by row and verifies the media of each pair.
+class _Verifier:
+    """Checks texts and decodes the media of each pair.
 
     Args:
-        path: of the listing.
         options: of the build.
     """
 
-    def __init__(self, path: Path, options: BuildOptions) -> None:
-        self._path, self._options = path, options
-        self._seen: dict[Path, RowError | None] = {}
-        if not path.is_file():
-            raise ShardError(f"listing {path} does not exist")
-        stem = re.sub(r"[^a-z0-9_]+", "_", path.stem.lower())[:40]
-        self._source = options.source or stem
+    def __init__(self, options: BuildOptions) -> None:
+        self._options = options
+        self._seen: dict[str, RowError | None] = {}
 
-    def survey(self) -> tuple[int, dict[str, set[str]]]:
-        """(rows, source -> its tasks), without opening a media file."""
-        total, tasks = 0, dict[str, set[str]]()
-        for total, (_, row) in enumerate(self._rows(), 1):  # noqa: B007
-            pair = self._parse(row)
-            if isinstance(pair, Pair):
-                tasks.setdefault(pair.source, set()).add(pair.task)
-        return total, tasks
-
-    def pairs(self) -> Iterator[tuple[int, Pair | RowError]]:
-        """(row number from 1, verified pair or what is wrong with it), in order; `jobs` rows at a time."""
-        waiting: deque[tuple[int, Future[Pair | RowError]]] = deque()
+    def verified(self, rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+        """The rows in order, with what is wrong with a pair in its place; `jobs` rows at a time."""
+        waiting: deque[tuple[int, Future[Row]]] = deque()
         pool = ThreadPoolExecutor(self._options.jobs)
         try:
-            for number, row in self._rows():
+            for number, row in rows:
                 waiting.append((number, pool.submit(self._verified, row)))
                 if len(waiting) > 2 * self._options.jobs:
                     number, future = waiting.popleft()
@@ -205,77 +218,20 @@ class _Listing:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _rows(self) -> Iterator[tuple[int, Any]]:
-        """(row number, parsed row or a RowError)."""
-        try:
-            with open(self._path, encoding="utf-8-sig", newline="") as file:
-                if self._path.suffix.lower() == ".csv":
-                    for number, columns in enumerate(csv.DictReader(file), 1):
-                        yield number, _from_csv(columns)
-                    return
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield number, _from_json(line)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ShardError(f"listing {self._path} is not UTF-8 text: {error}") from error
-
-    def _verified(self, row: Any) -> Pair | RowError:
-        pair = self._parse(row)
-        if isinstance(pair, RowError):
-            return pair
+    def _verified(self, row: Row) -> Row:
+        if not isinstance(row, Pair):
+            return row
         try:
             return replace(
-                pair,
-                query=self._check(pair.query),
-                target=self._check(pair.target),
-                negatives=tuple(self._check(negative) for negative in pair.negatives),
+                row,
+                query=self._check(row.query),
+                target=self._check(row.target),
+                negatives=tuple(self._check(negative) for negative in row.negatives),
             )
         except RowError as error:
             return error
 
-    def _parse(self, row: Any) -> Pair | RowError:
-        """The pair that a row describes, its media still unopened."""
-        if isinstance(row, RowError):
-            return row
-        known = {"query", "target", "negatives", "source", "task", "instruction"}
-        try:
-            if not isinstance(row, Mapping) or not {"query", "target"} <= set(row) <= known:
-                raise RowError(f"a row has `query`, `target` and maybe {sorted(known - {'query', 'target'})}", "row")
-            query = self._item(row["query"], row.get("instruction", ""))
-            target = self._item(row["target"])
-            negatives = tuple(self._item(negative) for negative in row.get("negatives", ()))
-            derived = f"{query.modality}2{target.modality}"
-            task = row.get("task") or self._options.task or derived
-            if task != derived or (task not in TASKS and self._options.level is None):
-                raise RowError(
-                    f"the pair is {derived}" + (f", not {task}" if task != derived else ", which no level has"), "task"
-                )
-            if any(negative.modality != target.modality for negative in negatives):
-                raise RowError(f"a hard negative is not of the target's modality {target.modality}", "task")
-            return Pair(query, target, negatives, source=str(row.get("source") or self._source), task=task)
-        except RowError as error:
-            return error
-
-    def _item(self, content: Any, instruction: str = "") -> Item:
-        if not isinstance(content, Mapping):
-            raise RowError(f"{content!r:.60} is no object with text, image or video", "row")
-        entries = content["parts"] if set(content) == {"parts"} else [{k: content[k]} for k in content]
-        parts: list[Part] = []
-        for entry in entries if isinstance(entries, list) else [None]:
-            kind, value = next(iter(entry.items())) if isinstance(entry, Mapping) and len(entry) == 1 else ("", None)
-            if kind not in ("text", "image", "video") or not isinstance(value, str):
-                raise RowError(f"{entry!r:.60} is no {{text | image | video: string}}", "row")
-            if kind == "text":
-                parts.append(Text(self._text(value)))
-            else:
-                parts.append((Image if kind == "image" else Video)(self._path.parent / value, name=value))
-        if not parts:
-            raise RowError("an item holds nothing", "empty-item")
-        if "parts" not in content:  # media stand before text, whatever order the keys have
-            parts.sort(key=lambda part: ["Image", "Video", "Text"].index(type(part).__name__))
-        return Item(tuple(parts), self._text(instruction) if instruction else "")
-
-    def _text(self, text: str) -> str:
+    def _check_text(self, text: str) -> None:
         words = len(text.split())
         if words == 0:
             raise RowError("a text is empty", "empty-text")
@@ -285,47 +241,67 @@ class _Listing:
             text.encode()
         except UnicodeEncodeError as error:
             raise RowError(f"a text is no valid Unicode: {error}", "unicode") from error
-        return text
 
     def _check(self, item: Item) -> Item:
-        """The item with its media verified, and videos as Frames where they are pre-sampled."""
-        return replace(
-            item, parts=tuple(part if isinstance(part, Text) else self._check_media(part) for part in item.parts)
-        )
+        """The item with its texts and media verified, and videos as Frames where they are pre-sampled."""
+        if item.instruction:
+            self._check_text(item.instruction)
+        parts: list[Part] = []
+        for part in item.parts:
+            if isinstance(part, Text):
+                self._check_text(part.text)
+                parts.append(part)
+            else:
+                parts.append(self._check_media(part))
+        return replace(item, parts=tuple(parts))
 
-    def _check_media(self, media: Media) -> Any:
-        path = Path(str(media.source))
-        presample = self._options.presample if isinstance(media, Video) else None
-        if presample is None and path in self._seen:
+    def _check_media(self, media: Image | Video) -> Image | Video:
+        if not isinstance(media.source, (str, Path)):
+            return self._decoded(media)
+        path, presampled = str(media.source), isinstance(media, Video) and self._options.presample is not None
+        if path in self._seen and not presampled:
             if error := self._seen[path]:
                 raise error
             return media
+        if len(self._seen) >= _SEEN:
+            self._seen.clear()
         try:
-            if isinstance(media, Image):
-                self._check_size(media.name, decode_image(path, media.name)[None])
-            else:
-                sampling = presample.sampling if presample else _VERIFY
-                frames = decode_guarded(path, sampling, name=media.name)
-                if frames.num_frames < self._options.min_frames:
-                    raise RowError(
-                        f"{media.name}: {frames.num_frames} frame(s), at least {self._options.min_frames} are asked "
-                        "for (--min-frames)",
-                        "too-few-frames",
-                    )
-                self._check_size(media.name, frames.pixels)
-                if presample:
-                    # The hash of the original file, so that the pair can still be traced to it.
-                    return replace(media, source=_shrink(frames, presample.max_frame_px), sha256=media.content_hash())
+            found = self._decoded(media)
         except RowError as error:
             self._seen[path] = error
             raise
+        self._seen[path] = None
+        return found
+
+    def _decoded(self, media: Image | Video) -> Image | Video:
+        """The medium, decoded once; a video as Frames where it is pre-sampled.
+
+        Raises:
+            RowError: it cannot be decoded, or is too small or too short.
+        """
+        source = media.source
+        assert isinstance(source, (str, Path, bytes))
+        try:
+            if isinstance(media, Image):
+                self._check_size(media.name, decode_image(source, media.name)[None])
+                return media
+            presample = self._options.presample
+            frames = decode_guarded(source, presample.sampling if presample else _VERIFY, name=media.name)
+            if frames.num_frames < self._options.min_frames:
+                raise RowError(
+                    f"{media.name}: {frames.num_frames} frame(s), at least {self._options.min_frames} are asked "
+                    "for (--min-frames)",
+                    "too-few-frames",
+                )
+            self._check_size(media.name, frames.pixels)
+            if presample is None:
+                return media
+            # The hash of the original file, so that the pair can still be traced to it.
+            return replace(media, source=_shrink(frames, presample.max_frame_px), sha256=media.content_hash())
         except MediaError as error:
-            self._seen[path] = RowError(str(error), error.reason)
-            raise self._seen[path] from error  # type: ignore[misc]
+            raise RowError(str(error), error.reason) from error
         except OSError as error:
             raise RowError(f"{media.name}: {error.strerror or error}", "unreadable") from error
-        self._seen[path] = None
-        return media
 
     def _check_size(self, name: str, pixels: np.ndarray) -> None:
         height, width = pixels.shape[1:3]
@@ -335,32 +311,6 @@ class _Listing:
                 "(--min-side-px)",
                 "too-small",
             )
-
-
-def _from_json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return RowError(f"no JSON: {error}", "row")
-
-
-def _from_csv(columns: Mapping[str | None, Any]) -> Any:
-    """A csv row in the form of a jsonl row."""
-    filled = {name: value for name, value in columns.items() if name and value}
-    row: dict[str, Any] = {name: filled[name] for name in ("source", "task", "instruction") if name in filled}
-    for role in ("query", "target"):
-        content = {kind: filled[f"{role}_{kind}"] for kind in ("text", "image", "video") if f"{role}_{kind}" in filled}
-        if content:
-            row[role] = content
-    caption = next((filled[name] for name in _CSV_TEXTS if name in filled), None)
-    medium = next(({kind: filled[kind]} for kind in ("video", "image") if kind in filled), None)
-    if not row.keys() & {"query", "target"} and caption and medium:
-        row |= {"query": {"text": caption}, "target": medium}
-    if not {"query", "target"} <= row.keys():
-        return RowError(
-            "a csv row needs video or image, and caption; or columns like query_text and target_video", "row"
-        )
-    return row
 
 
 def _shrink(frames: Frames, max_frame_px: int) -> Frames:

@@ -1,4 +1,4 @@
-"""`gve shards build | check | stats`."""
+"""`gve shards build | check | stats | mixture`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.table import Column, Table
 
 from gve.data.build import REJECTS, BadRows, BuildOptions, build, check, stats
 from gve.data.manifest import Presample
+from gve.data.mixture import PUBLISHED_TOTALS, MixtureRow, mixture, summary, totals
+from gve.data.readers import READERS, Limited, Reader, ReaderOptions, open_reader
+from gve.items import InputError
 from gve.video import Sampling
 
 
@@ -47,14 +51,29 @@ def _parser() -> argparse.ArgumentParser:
     new = commands.add_parser(
         "build",
         formatter_class=formatter,
-        help="verify the files of a listing and write them as shards",
-        description="Writes all rows of a listing, or none. Every file is decoded before it is stored.",
+        usage="gve shards build LISTING OUT [...] | gve shards build --reader NAME --from DIR --source NAME --root OUT",
+        help="verify the files of a listing or of a published data set and write them as shards",
+        description="Writes all rows of a listing or data set, or none. Every file is decoded before it is stored.",
     )
     new.add_argument(
-        "listing", help='jsonl of {"query": {"text" | "image" | "video": ...}, "target": {...}, ...}, or csv'
+        "listing", nargs="?", help='jsonl of {"query": {"text" | "image" | "video": ...}, "target": {...}, ...}, or csv'
     )
-    new.add_argument("out", help="shard folder; sources that are there stay")
-    new.add_argument("--source", default="", help="name of the source where rows give none; else the listing's name")
+    new.add_argument("out", nargs="?", help="shard folder; sources that are there stay")
+    new.add_argument("--reader", default="listing", choices=("listing", *READERS), help="layout of what is read")
+    new.add_argument("--from", dest="folder", help="local copy of the data set; the listing where no reader is named")
+    new.add_argument("--root", help="the same as OUT")
+    new.add_argument(
+        "--source",
+        default="",
+        help="name of the source where rows give none, else the listing's name; a name of `gve shards mixture` brings "
+        "its task, instruction and hard negatives along",
+    )
+    new.add_argument("--limit", help="rows of the data set, drawn alike from all; 3b or 7b: as many as published")
+    new.add_argument("--media", help="folder of the clips or pictures; each reader has its own default")
+    new.add_argument("--media-name", default="", help="name of a clip's file with the fields of its row in braces")
+    new.add_argument("--drop-list", help="file with a clip key or video id a line to leave out (internvid)")
+    new.add_argument("--negatives", type=int, help="hard negatives kept per row, where the data set has some (mbeir)")
+    new.add_argument("--seed", type=int, default=42, help="of the choices among rows, captions and positives")
     new.add_argument("--task", default="", help="modality task, for example T2V; derived from the rows when not given")
     new.add_argument("--level", type=int, choices=(1, 2, 3), help="pyramid level; derived from the task when not given")
     new.add_argument("--instruction", default="", help="query instruction where rows give none")
@@ -76,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     count.set_defaults(run=_stats)
     for command in (look, count):
         command.add_argument("root", help="shard folder")
+    rows = commands.add_parser("mixture", help="the 38 training sources as published: sizes, batch, negatives, readers")
+    rows.set_defaults(run=_mixture)
+    for command in (look, count, rows):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -85,11 +107,17 @@ def _build(arguments: argparse.Namespace) -> int:
     if arguments.presample:
         sampling = Sampling.parse(arguments.presample)
         presample = Presample(sampling, arguments.presample_px, arguments.jpeg_quality)
+    listing, out = arguments.folder or arguments.listing, arguments.root or arguments.out
+    if arguments.folder and arguments.listing:  # the only place that is left is the shard folder
+        out = arguments.root or arguments.listing
+    if not listing or not out:
+        raise InputError("give what is read and the shard folder: LISTING OUT, or --from DIR --root OUT")
+    known = mixture().get(arguments.source)
     options = BuildOptions(
         source=arguments.source,
         task=arguments.task,
         level=arguments.level,
-        instruction=arguments.instruction,
+        instruction=arguments.instruction or (known.instruction if known else ""),
         presample=presample,
         skip_bad=arguments.on_bad == "skip",
         min_frames=arguments.min_frames,
@@ -99,22 +127,54 @@ def _build(arguments: argparse.Namespace) -> int:
         replace=arguments.replace,
         jobs=max(1, arguments.jobs),
     )
+    rows = listing if arguments.reader == "listing" else _reader(arguments, Path(listing), known)
     try:
         with _progress("rows") as progress:
-            result = build(arguments.listing, arguments.out, options, progress)
+            result = build(rows, out, options, progress)
     except BadRows as error:
         for line in error.lines if len(error.lines) > 1 else ():
             print(f"gve shards build: {line}", file=sys.stderr)
         raise
     if arguments.json:
-        print(json.dumps({"samples": dict(result.samples), "rejected": dict(result.rejected)}))
+        counts = {"samples": result.samples, "rejected": result.rejected, "dropped": result.dropped}
+        print(json.dumps({name: dict(count) for name, count in counts.items()}))
         return 0
     for source, count in result.samples.items():
         print(f"{source}: {count} samples")
-    if result.rejected:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in result.rejected.most_common())
-        print(f"rejected: {reasons} (see {arguments.out}/{REJECTS})")
+    for name, rejected in (("left out by rule", result.dropped), ("rejected", result.rejected)):
+        if rejected:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in rejected.most_common())
+            print(f"{name}: {reasons}" + (f" (see {out}/{REJECTS})" if rejected is result.rejected else ""))
     return 0
+
+
+def _reader(arguments: argparse.Namespace, folder: Path, known: MixtureRow | None) -> Reader:
+    """The reader of a published data set; what the mixture says about its source holds where no option does."""
+    if not arguments.source:
+        raise InputError("name the training source by --source; `gve shards mixture` lists the published ones")
+    negatives = arguments.negatives if arguments.negatives is not None else known.negatives if known else 0
+    reader: Reader = open_reader(
+        arguments.reader,
+        ReaderOptions(
+            folder,
+            arguments.source,
+            task=arguments.task or (known.task if known else ""),
+            media=Path(arguments.media) if arguments.media else None,
+            media_name=arguments.media_name,
+            drop_list=Path(arguments.drop_list) if arguments.drop_list else None,
+            negatives=negatives,
+            seed=arguments.seed,
+        ),
+    )
+    if arguments.limit in ("3b", "7b"):
+        if known is None:
+            raise InputError(f"--limit {arguments.limit}: {arguments.source} is no source of `gve shards mixture`")
+        return Limited(reader, known.size(arguments.limit), arguments.seed)
+    if arguments.limit is not None:
+        if not arguments.limit.isdigit():
+            raise InputError(f"--limit {arguments.limit}: give a number of rows, 3b or 7b")
+        return Limited(reader, int(arguments.limit), arguments.seed)
+    return reader
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -144,9 +204,30 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _mixture(arguments: argparse.Namespace) -> int:
+    if arguments.json:
+        print(json.dumps(summary()))
+        return 0
+    columns = ("task", "level", "3B", "7B", "negatives", "batch", "global", "reader")
+    table = Table(Column("source", no_wrap=True), *columns)
+    for row in mixture().values():
+        numbers = (f"{row.size_3b:,}", f"{row.size_7b:,}", row.negatives, row.batch, row.global_batch)
+        table.add_row(row.name, row.task, str(row.level), *map(str, numbers), row.reader)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    for kind, (small, large) in totals(list(mixture().values())).items():
+        said = PUBLISHED_TOTALS[kind]
+        # The published totals are rounded to 10 K.
+        verdict = (
+            "equal when rounded" if max(abs(small - said[0]), abs(large - said[1])) <= 5000 else "the rows disagree"
+        )
+        print(f"{kind}: {small:,} (3B) / {large:,} (7B); the paper prints {said[0]:,} / {said[1]:,}: {verdict}")
+    print("Where to get each source, its licence, its instruction and notes: --json")
+    return 0
+
+
 @contextmanager
-def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr, fed with (done, total)."""
+def _progress(unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on stderr, fed with (done, total or None)."""
     columns: tuple[Any, ...] = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
