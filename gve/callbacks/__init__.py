@@ -1,5 +1,5 @@
-"""What runs beside the loops: the benchmark, the curriculum's prober, checkpoints and preemption, the record of a run, its speed, and the
-embeddings of predict.
+"""What runs beside the loops: the benchmark, the curriculum's prober, checkpoints and preemption, the record of a run,
+its speed, and the embeddings of predict.
 """
 
 from gve.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoints, newest_checkpoint, require_checkpoint
