@@ -189,6 +189,15 @@ class Source:
             gve.video.MediaError: a stored frame cannot be decoded.
             OSError: the shard cannot be read.
         """
+        return decode_sample(self.members(row), pixels=pixels)
+
+    def members(self, row: int) -> dict[str, bytes]:
+        """The stored members of one row, `json` among them: field -> bytes.
+
+        Raises:
+            ShardError: the bytes are not the ones that were indexed.
+            OSError: the shard cannot be read.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in source {self.name}")
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
@@ -196,7 +205,7 @@ class Source:
         data = self.root.read_range(self.record.shards[shard].file, int(entry[OFFSET]), int(entry[SIZE]))
         if checksum(data) != int(entry[CHECK]):
             raise ShardError(f"{self.key(row)}: its bytes are not the ones indexed: run `gve shards check`")
-        return decode_sample(split_sample(data, self.key(row)), pixels=pixels)
+        return split_sample(data, self.key(row))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
