@@ -315,6 +315,23 @@ def test_mixture_of_sources(shards: Path, base: str) -> None:
 # -------------------------------------------------------------------------------------------------------- bad samples
 
 
+def test_a_batch_of_0_leaves_a_source_out(shards: Path, base: str) -> None:
+    module = data(shards, base, batch_size={"default": 4, "clips": 0})
+    module.setup()
+    assert module.sources == ["stills", "talk"]
+    assert module.tasks == ["T2I", "T2T"]
+    assert {batch.source for batch in module.train_dataloader()} == {"stills", "talk"}
+    with pytest.raises(InputError, match="batch_size is 0 for every source"):
+        data(shards, base, batch_size=0).setup()
+
+
+def test_a_divisor_scales_every_batch(shards: Path, base: str) -> None:
+    module = data(shards, base, batch_size={"talk": 16, "stills": 6, "clips": 1}, batch_divisor=3, steps_per_epoch=30)
+    module.setup()
+    sizes = {batch.source: len(batch) for batch in module.train_dataloader()}
+    assert sizes == {"talk": 16 // 3, "stills": 6 // 3, "clips": 1}
+
+
 def damage(root: Path, source: str, rows: list[int]) -> list[str]:
     """Changes a byte of each row's sample, sizes kept; returns the keys."""
     opened = open_sources(root)[source]

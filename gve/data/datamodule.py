@@ -66,7 +66,8 @@ class PyramidDataModule(pl.LightningDataModule):
         inputs: what the model reads; linked from model.inputs.
         steps_per_epoch: steps of one epoch.
         num_epochs: epochs of the run, which the curriculum is spread over; linked from trainer.max_epochs.
-        batch_size: GLOBAL rows of one step over all ranks: one number, or by source name, task or "default".
+        batch_size: GLOBAL rows of one step over all ranks: one number, or by source name, task or "default"; a source
+            with 0 is left out.
         negatives: hard negatives used per pair: one number, or by source name, task or "default".
         seed: of every draw.
         num_workers: loader processes per rank; 0 builds in the training process.
@@ -75,6 +76,8 @@ class PyramidDataModule(pl.LightningDataModule):
         max_skip_rate: share of unreadable samples above which the run stops.
         negatives_file: hard negatives mined by `gve mine`, for pairs with fewer of their own than `negatives` asks for;
             none when empty.
+        batch_divisor: every global batch is divided by it and rounded down, to at least a row per rank: a recipe's
+            smoke run on less hardware. Fewer in-batch negatives are another loss, so no result may rest on it.
 
     Raises:
         InputError: a value is out of range.
@@ -95,6 +98,7 @@ class PyramidDataModule(pl.LightningDataModule):
         dev_pairs: int = 64,
         max_skip_rate: float = 0.01,
         negatives_file: str = "",
+        batch_divisor: int = 1,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -102,6 +106,7 @@ class PyramidDataModule(pl.LightningDataModule):
             ("num_workers", num_workers, 0),
             ("dev_pairs", dev_pairs, 0),
             ("max_skip_rate", max_skip_rate, 0),
+            ("batch_divisor", batch_divisor, 1),
         ):
             if value < least:
                 raise InputError(f"data.{name} is {value}: use {least} or more")
@@ -114,7 +119,7 @@ class PyramidDataModule(pl.LightningDataModule):
         )
         self.batch_size, self.negatives = batch_size, negatives
         self.curriculum, self.dev_pairs, self.max_skip_rate = curriculum, dev_pairs, max_skip_rate
-        self.negatives_file = negatives_file
+        self.negatives_file, self.batch_divisor = negatives_file, batch_divisor
         self._mined = MinedNegatives()
         self._state = PlanState(seed)
         self._sources: list[Source] = []
@@ -167,18 +172,21 @@ class PyramidDataModule(pl.LightningDataModule):
                 "accumulate_grad_batches splits a batch into smaller contrastive batches, which is another loss; "
                 "lower batch_size instead"
             )
-        sources = open_sources(self.root)
+        everything = open_sources(self.root)
         self._builder = InputBuilder.from_base(self.base, self.inputs)
-        names = {"default", *sources, *TASKS}
+        names = {"default", *everything, *TASKS}
         for setting, value in (("batch_size", self.batch_size), ("negatives", self.negatives)):
             if isinstance(value, dict) and (unknown := sorted(set(value) - names)):
                 # A recipe names all sources of the paper; who has only some of them need not edit it.
                 rank_zero_warn(f"data.{setting} names sources that {self.root} lacks: {', '.join(unknown)}")
+        sources = {name: source for name, source in everything.items() if self._global_batch(source)}
+        if not sources:
+            raise InputError(f"data.batch_size is 0 for every source of {self.root}: give one a batch")
         for source in sources.values():
             self._check_presample(source)
             rows = np.asarray(source.index[:, QUERY:])
             dev, held_out = hold_out(rows, self.dev_pairs, self.seed, source.name)
-            batch = _setting(self.batch_size, "batch_size", source)
+            batch = self._global_batch(source)
             record = source.record
             self._planned.append(
                 PlannedSource(source.name, record.task, record.level, batch, source.shard_sizes, held_out)
@@ -191,7 +199,7 @@ class PyramidDataModule(pl.LightningDataModule):
                     "ranks: use a multiple"
                 )
         if self.negatives_file:
-            self._use_negatives(Path(self.negatives_file), sources)
+            self._use_negatives(Path(self.negatives_file), everything)
         self._sources = list(sources.values())
         self._manifest = manifest_digest(sources)
         folder = Path(self.trainer.default_root_dir) if self.trainer is not None else Path(".")
@@ -428,6 +436,13 @@ class PyramidDataModule(pl.LightningDataModule):
         """Unit -> newest score that was measured before an epoch, else as configured; empty when there is none."""
         known = [int(e) for e in self._state.scores if int(e) <= epoch]
         return self._state.scores[str(max(known))] if known else self.curriculum.scores
+
+    def _global_batch(self, source: Source) -> int:
+        """Rows of one step of a source over all ranks; 0 leaves the source out."""
+        batch, ranks = _setting(self.batch_size, "batch_size", source), self._world[1]
+        if self.batch_divisor == 1 or batch < 1:
+            return batch
+        return max(batch // self.batch_divisor // ranks, 1) * ranks
 
     def _check_presample(self, source: Source) -> None:
         presample = source.record.presample
