@@ -122,7 +122,7 @@ def test_a_run_is_one_folder(first: Path) -> None:
     events = {name for name in files if name.startswith("tensorboard/events.")}
     assert len(events) == 1
     assert files - events == {
-        *("config.yaml", "run.json", "tensorboard/hparams.yaml"),
+        *("config.yaml", "run.json", "curriculum.json", "tensorboard/hparams.yaml"),
         *(f"checkpoints/{name}.ckpt" for name in ("best", "last", "previous")),
     }
     checkpoint = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)
@@ -161,7 +161,8 @@ def test_curves_of_the_curriculum(first: Path) -> None:
             assert tags[f"curriculum/{task}/probability"][step] == pytest.approx(
                 math.exp(score / sigma) / total, rel=1e-5
             )
-    assert len([tag for tag in tags if tag.startswith("curriculum/")]) == 2 * 13
+        assert sum(tags[f"curriculum/{task}/draws"][step] for task in scores) == 6
+    assert len([tag for tag in tags if tag.startswith("curriculum/")]) == 3 * 13 + len(("sigma", "score_spread"))
 
 
 def test_one_seed_gives_one_run_and_frozen_stays_frozen(first: Path, fit: Fit, tmp_path: Path) -> None:

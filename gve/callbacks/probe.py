@@ -79,8 +79,9 @@ class CurriculumProbe(L.Callback):
     writes curriculum.json into trainer.default_root_dir; these are written without a prober too. The record is part
     of the checkpoint.
 
-    It acts as an epoch starts, when the weights are those of the end of the epoch before and the plan is not made yet
-    (a StepLoader asks for it with the first batch). A run killed in here repeats it from the same weights and pairs.
+    It acts at the end of the epoch before, so that the checkpoint of that moment holds what the next epoch draws; and,
+    where that did not happen, as an epoch starts (the plan is made later, with the first batch). A run killed in here
+    repeats it from the same weights and pairs.
 
     Args:
         prober: who scores before the first epoch: "backbone" (this model with its adapters off), the file of a
@@ -125,16 +126,11 @@ class CurriculumProbe(L.Callback):
             read_checkpoint(self.prober)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = _data_of(trainer)
-        if data is None:
-            return
-        epoch = trainer.current_epoch
-        found: dict[str, UnitScore] = {}
-        fingerprint = ""
-        if self._scores(data) and data.wants_scores(epoch) and (epoch > 0 or self.prober is not None):
-            found, fingerprint = self._probe(trainer, pl_module, data)
-            data.set_scores(epoch, {unit: result.score for unit, result in found.items()})
-        self._keep(trainer, data, found, fingerprint)
+        self._weigh(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.max_epochs is not None and trainer.current_epoch + 1 < trainer.max_epochs:
+            self._weigh(trainer, pl_module, trainer.current_epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The record of all epochs, JSON-able and equal on every rank."""
@@ -155,16 +151,36 @@ class CurriculumProbe(L.Callback):
             return data.curriculum.needs_scores and not data.curriculum.scores
         return self.enabled
 
+    def _weigh(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        """Scores an epoch if that is due, and keeps, writes and logs its record if that is news."""
+        data = _data_of(trainer)
+        if data is None:
+            return
+        known = next((kept for kept in self._epochs if kept["epoch"] == epoch), {})
+        probed: dict[str, Any] = {name: known[name] for name in ("prober", "pairs", "unreadable") if name in known}
+        if self._scores(data) and data.wants_scores(epoch) and (epoch > 0 or self.prober is not None):
+            probed = self._probe(trainer, pl_module, data, epoch)
+        record = data.curriculum_record(epoch)
+        if not probed:
+            earlier = self._epochs[-1]["prober"] if self._epochs else CONFIGURED
+            probed = {"prober": earlier if record["scores"] else "", "pairs": {}, "unreadable": {}}
+        record |= probed
+        if record != known:
+            self._epochs = [*(kept for kept in self._epochs if kept["epoch"] < epoch), record]
+            self._write(trainer, data)
+            self._log(trainer, data)
+
     def _probe(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, data: CurriculumData
-    ) -> tuple[dict[str, UnitScore], str]:
-        """Scores of all units, and the fingerprint of the weights that gave them."""
+        self, trainer: L.Trainer, pl_module: L.LightningModule, data: CurriculumData, epoch: int
+    ) -> dict[str, Any]:
+        """Scores all units for an epoch; who did it, by how many pairs, and how many could not be read."""
         start = time.monotonic()
         bars = trainer.progress_bar_callback is not None and trainer.is_global_zero
         with undisturbed():
-            encoder = self.encoder(trainer.current_epoch, pl_module)
+            encoder = self.encoder(epoch, pl_module)
             found = score_pairs(encoder, data.probe_pairs(self.pairs), num_workers=self.num_workers, bars=bars)
             fingerprint = encoder.fingerprint
+        data.set_scores(epoch, {unit: result.score for unit, result in found.items()})
         if pl_module.device.type == "cuda":
             del encoder
             torch.cuda.empty_cache()  # a prober of the first epoch may have been as large as the model
@@ -172,7 +188,7 @@ class CurriculumProbe(L.Callback):
         pairs = sum(result.pairs for result in found.values())
         rank_zero_info(
             f"curriculum: {pairs:,} pairs of {len(found)} {data.curriculum.unit}s scored in {seconds:.0f} s by "
-            f"{self.prober if trainer.current_epoch == 0 else 'the model itself'} ({fingerprint[:12]})"
+            f"{self.prober if epoch == 0 else 'the model itself'} ({fingerprint[:12]})"
         )
         for unit, result in found.items():
             if result.unreadable:
@@ -180,7 +196,11 @@ class CurriculumProbe(L.Callback):
                     f"curriculum: {len(result.unreadable)} probe pairs of {unit} could not be read and are left out, "
                     f"for example {result.unreadable[0]}"
                 )
-        return found, fingerprint
+        return {
+            "prober": fingerprint,
+            "pairs": {unit: result.pairs for unit, result in found.items()},
+            "unreadable": {unit: len(result.unreadable) for unit, result in found.items() if result.unreadable},
+        }
 
     def encoder(self, epoch: int, pl_module: L.LightningModule) -> Encoder:
         """Who scores before an epoch: the prober before the first, the model as it is before others."""
@@ -216,26 +236,15 @@ class CurriculumProbe(L.Callback):
             num_workers=self.num_workers,
         )
 
-    def _keep(self, trainer: L.Trainer, data: CurriculumData, found: Mapping[str, UnitScore], fingerprint: str) -> None:
-        """Adds the epoch to the record, and writes and logs it."""
-        record = data.curriculum_record(trainer.current_epoch)
-        if not found and record["scores"]:
-            fingerprint = self._epochs[-1]["prober"] if self._epochs else CONFIGURED
-        record |= {
-            "prober": fingerprint,
-            "pairs": {unit: result.pairs for unit, result in found.items()},
-            "unreadable": {unit: len(result.unreadable) for unit, result in found.items() if result.unreadable},
-        }
-        self._epochs = [*(kept for kept in self._epochs if kept["epoch"] < record["epoch"]), record]
-        self._write(trainer, data)
-        step = trainer.global_step
+    def _log(self, trainer: L.Trainer, data: CurriculumData) -> None:
+        record, step = self._epochs[-1], trainer.global_step
         for logger in trainer.loggers:
             logger.log_metrics(metrics(record), step)
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 steps = data.curriculum_settings()["steps_per_epoch"]
                 logger.experiment.add_figure("curriculum/mixture", mixture_figure(self._epochs, steps), step)
                 logger.experiment.add_text("curriculum/table", table(self._epochs), step)
-                logger.experiment.add_text("curriculum/prober", fingerprint or "none", step)
+                logger.experiment.add_text("curriculum/prober", record["prober"] or "none", step)
 
     def _write(self, trainer: L.Trainer, data: CurriculumData) -> None:
         if not trainer.is_global_zero:
