@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gve.callbacks import (
     AtomicCheckpointIO,
     CurriculumProbe,
+    HardNegativeMining,
     Predictions,
     RunCheckpoints,
     RunRecord,
@@ -108,6 +109,7 @@ class GVECLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CurriculumProbe, "probe")
+        parser.add_lightning_class_args(HardNegativeMining, "mining")
         parser.add_lightning_class_args(UVRBEvaluation, "uvrb")
         parser.add_lightning_class_args(RunRecord, "record")
         parser.add_lightning_class_args(RunCheckpoints, "checkpoint")
