@@ -22,6 +22,10 @@ COMMANDS = {
     ),
     "test": ("gve.lightning_cli", "the same as validate under Lightning's test loop"),
     "predict": ("gve.lightning_cli", "embeddings of the dev split's queries and targets"),
+    "plan": (
+        "gve.plan_report.plan_cli",
+        "steps, passes, tokens, memory, disk and GPU-hours of a recipe, without a GPU",
+    ),
     "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show)"),
     "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),

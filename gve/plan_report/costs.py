@@ -19,7 +19,7 @@ from typing import Any
 
 from gve.items import InputError
 
-ARCHITECTURES = Path(__file__).parent / "model" / "architectures"
+ARCHITECTURES = Path(__file__).parent.parent / "model" / "architectures"
 
 FLOAT32 = 4
 """Bytes of one float32 number."""
@@ -154,11 +154,11 @@ class Sequences:
     """Inputs of one forward pass of the language model on one rank.
 
     Args:
-        count: rows of the batch.
+        count: rows of the batch; a mean need not be whole.
         length: tokens of each row, padding included.
     """
 
-    count: int
+    count: float
     length: float
 
     @property
@@ -171,15 +171,15 @@ class Pictures:
     """Distinct images or clips that the tower sees on one rank in one step, all of one grid.
 
     Args:
-        count: how many.
+        count: how many; a mean need not be whole.
         grid: (t, h, w) in patches.
     """
 
-    count: int
+    count: float
     grid: tuple[int, int, int]
 
     @property
-    def patches(self) -> int:
+    def patches(self) -> float:
         return self.count * self.grid[0] * self.grid[1] * self.grid[2]
 
 
@@ -273,7 +273,9 @@ def step_flops(
         else:
             inputs = [sizes.adapted(name) for name in _ATTENTION[:3]]
             parts["backward"] -= 2 * batch.tokens * sum(a * b for a, b in inputs)
-            parts["backward"] -= 2 * batch.tokens * how.rank * sizes.hidden * len(set(_ATTENTION[:3]) & set(how.targets))
+            parts["backward"] -= (
+                2 * batch.tokens * how.rank * sizes.hidden * len(set(_ATTENTION[:3]) & set(how.targets))
+            )
         if how.chunk_tokens:
             parts["cached"] += total(forward)
     return parts
