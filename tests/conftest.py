@@ -38,7 +38,7 @@ def toy_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shared = shared.parent  # each process has a folder of its own below the one of the run
     with open(shared / "toy_world.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return make_world(shared / "toy_world", Request(scale=0.02, test_scale=0.05), progress=False)
+        return make_world(shared / "toy_world", Request(scale=0.02, test_scale=0.05, base="random"), progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -76,3 +76,11 @@ def recipe(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the tiny Qwen2.5-VL of tests/tiny.py; it has no tokenizer."""
+    from tiny import write_tiny_base
+
+    return write_tiny_base(tmp_path_factory.mktemp("base"))

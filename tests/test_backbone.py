@@ -1,8 +1,4 @@
-"""The backbone against plain transformers, and what must stay frozen.
-
-The tiny base has the real class, two decoder layers and a two-block tower, with weights large enough that positions,
-padding and adapters show in the embedding.
-"""
+"""The backbone against plain transformers, and what must stay frozen."""
 
 from __future__ import annotations
 
@@ -16,54 +12,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny import END, IMAGE, PAD, START, VIDEO
 
 from gve.items import EmbedBatch, InputError
 from gve.model.backbone import ARCHITECTURES, Backbone, Lora
 
-IMAGE, VIDEO, START, END, PAD = 60, 61, 62, 63, 59
-CONFIG: dict[str, Any] = {
-    "model_type": "qwen2_5_vl",
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-    "text_config": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "bos_token_id": None,
-        "eos_token_id": PAD,
-        "initializer_range": 0.15,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 2]},
-    },
-    "vision_config": {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-        "tokens_per_second": 2,
-        "initializer_range": 0.15,
-    },
-}
 # Rows of one batch: numbers are text tokens, ("image" or "video", key, (t, h, w) in patches) a picture.
 CAT, DOG, CLIP = ("image", "cat", (1, 4, 6)), ("image", "dog", (1, 6, 4)), ("video", "clip", (2, 4, 4))
 ROWS: list[list[Any]] = [[5, 6, 7, 8], [1, CAT, 2, 3], [9, CLIP, 4], [CLIP, 11, DOG, 12, CAT, 13]]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder as the hub has it: weights of the whole ForConditionalGeneration, LM head included."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**CONFIG))
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def pixels(key: str, grid: tuple[int, int, int]) -> torch.Tensor:

@@ -16,81 +16,13 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.multiprocessing as mp
-import transformers
 from safetensors.torch import load_file, save_file
+from tiny import clips, texts, write_tiny_base
 
 from gve.inputs import InputPolicy
 from gve.items import EmbedBatch, InputError, TrainBatch
 from gve.model.backbone import Lora
 from gve.model.embedder import Optimizer, VideoEmbedder
-
-VIDEO, START, END = 61, 62, 63
-CONFIG: dict[str, Any] = {
-    "image_token_id": 60,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-    "text_config": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "bos_token_id": None,
-        "eos_token_id": 59,
-        "initializer_range": 0.15,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 2]},
-    },
-    "vision_config": {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [0],
-        "initializer_range": 0.15,
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    transformers.Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig(**CONFIG)).save_pretrained(folder)
-    return str(folder)
-
-
-def texts(rows: list[int], length: int = 6) -> EmbedBatch:
-    """Row i says the word i; content ids say so too."""
-    ids = torch.full((len(rows), length), 5)
-    ids[:, 2] = torch.tensor(rows)
-    return EmbedBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=torch.arange(length).expand(3, *ids.shape),
-        pool_index=torch.full((len(rows),), length - 1),
-        content_ids=torch.tensor(rows),
-        valid=torch.ones(len(rows), dtype=torch.bool),
-    )
-
-
-def clips(rows: list[int]) -> EmbedBatch:
-    """Row i shows the clip i: 2 grid steps of 2 x 2 patches, one token each."""
-    ids = torch.tensor([[1, START, VIDEO, VIDEO, END, 2]] * len(rows))
-    patches = [torch.randn(8, 1176, generator=torch.Generator().manual_seed(row)) for row in rows]
-    return EmbedBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        position_ids=torch.arange(6).expand(3, *ids.shape),
-        pool_index=torch.full((len(rows),), 5),
-        content_ids=torch.tensor(rows) + 1000,
-        valid=torch.ones(len(rows), dtype=torch.bool),
-        video_patches=torch.cat(patches),
-        video_grid=torch.tensor([[2, 2, 2]] * len(rows)),
-        video_keys=tuple(str(row) for row in rows),
-    )
 
 
 class Pairs(L.LightningDataModule):
@@ -292,8 +224,7 @@ def test_checkpoint_refuses_what_does_not_fit(base: str, tmp_path: Path) -> None
     model, (run, _) = embedder(base), trainer(tmp_path)
     run.fit(model, Pairs(2))
     run.save_checkpoint(tmp_path / "a.ckpt")
-    torch.manual_seed(5)
-    transformers.Qwen2_5_VLModel(transformers.Qwen2_5_VLConfig(**CONFIG)).save_pretrained(tmp_path / "other")
+    write_tiny_base(tmp_path / "other", seed=5)
 
     def load(model: VideoEmbedder, path: Path = tmp_path / "a.ckpt") -> None:
         trainer(tmp_path)[0].validate(model, Pairs(2), ckpt_path=path, verbose=False, weights_only=True)
