@@ -12,15 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLModel
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from gve.data.curriculum import TASKS
 from gve.data.manifest import Manifest
 from gve.eval.uvrb import SETS, UVRBReader
 from gve.inputs import InputBuilder, InputPolicy
 from gve.items import InputError
+from gve.model.backbone import Backbone
 from gve.toy import captions, families
-from gve.toy.base import SPECIAL_TOKENS, train_tokenizer
+from gve.toy.base import SPECIAL_TOKENS, copy_base, train_tokenizer
 from gve.toy.captions import KINDS, Teller
 from gve.toy.forms import Fact, Form, Noun, holds, tells
 from gve.toy.language import DIALECTS
@@ -338,7 +339,9 @@ def test_the_same_seed_draws_the_same_files_in_any_process():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    return make_world(tmp_path_factory.mktemp("toy") / "world", Request(scale=0.02, test_scale=0.05), progress=False)
+    return make_world(
+        tmp_path_factory.mktemp("toy") / "world", Request(scale=0.02, test_scale=0.05, base="random"), progress=False
+    )
 
 
 def test_the_base_is_the_real_class_with_its_special_tokens(world):
@@ -398,15 +401,15 @@ def test_the_world_is_read_by_the_library(world):
     assert all(record.instruction and record.level == TASKS[record.task] for record in manifest.sources.values())
 
 
-def test_an_equal_request_is_reused_and_another_is_refused(world, capsys):
+def test_an_equal_request_is_reused_and_another_is_refused(world):
     before = (world / "world.json").stat().st_mtime_ns
-    request = Request(scale=0.02, test_scale=0.05)
+    request = Request(scale=0.02, test_scale=0.05, base="random")
     assert make_world(world, request, progress=False) == world
     assert (world / "world.json").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="seed 0 instead of 7"):
         make_world(world, replace(request, seed=7), progress=False)
-    assert main(["make", str(world), "--seed", "7", "--scale", "0.02", "--test-scale", "0.05"]) == 2
-    assert "another toy world" in capsys.readouterr().err
+    with pytest.raises(InputError, match="another toy world"):
+        main(["make", str(world), "--seed", "7", "--scale", "0.02", "--test-scale", "0.05", "--base", "random"])
     (world.parent / "notes").mkdir()
     with pytest.raises(InputError, match="is no toy world"):
         make_world(world.parent / "notes", request, progress=False)
@@ -426,10 +429,33 @@ def test_an_interrupted_world_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_show_draws_a_contact_sheet(world, tmp_path):
     assert main(["show", str(world), str(tmp_path / "sheet.png"), "--per-set", "1"]) == 0
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
-    assert main(["show", str(tmp_path), str(tmp_path / "none.png")]) == 2
+    with pytest.raises(InputError, match="is no toy world"):
+        main(["show", str(tmp_path), str(tmp_path / "none.png")])
 
 
 def test_sampled_frames_are_those_of_uniform_sampling():
     assert tuple(np.linspace(0, 31, 8).round().astype(int)) == SAMPLED_FRAMES
     assert draw(SCENE, 0).shape[0] == CELL_PX * 3
     assert hashlib.sha256(draw(SCENE, 0).tobytes()).digest() == hashlib.sha256(draw(SCENE, 15).tobytes()).digest()
+
+
+def test_the_embedded_base_is_whole_small_and_loads_like_a_released_one(tmp_path):
+    copy_base(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors").stat().st_size < 10e6
+    backbone = Backbone.from_pretrained(str(tmp_path / "base"), lora=None)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) < 4e6
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.float32}
+    model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_an_embedded_base_of_other_bytes_is_refused(tmp_path, monkeypatch):
+    copy_base(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    monkeypatch.setattr("gve.toy.base.EMBEDDED", tmp_path / "base")
+    with pytest.raises(InputError, match=r"model\.safetensors is not the file"):
+        copy_base(tmp_path / "copy")

@@ -1,14 +1,16 @@
-"""The tiny base: the real Qwen2.5-VL class with 1.6M parameters, and a small BPE tokenizer with Qwen's special tokens.
+"""The tiny base: the real Qwen2.5-VL class with 2.2M parameters, and a small BPE tokenizer with Qwen's special tokens.
 
-Written as a hub folder (config.json, model.safetensors, tokenizer files, preprocessor_config.json), so that it is
-loaded by the same path as a released model. The weights are random: what a set scores above the untrained row, the
-adapters have learned.
+The package carries one that was trained by next-token answers and captions (`gve.toy.pretraining`), as a hub folder
+(config.json, model.safetensors in float16, tokenizer files, preprocessor_config.json), loaded by the same path as a
+released model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,8 +20,12 @@ from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.utils import logging
 
+from gve.items import InputError
 from gve.toy.language import DIALECTS
 
+EMBEDDED = Path(__file__).parent / "weights"
+"""The base that the package carries, as a hub folder (experiments/0001-toy-base)."""
+SUMS = "SHA256SUMS"
 WIDTH = 192
 LAYERS = 3  # of the language model
 TOWER_WIDTH = 128
@@ -173,6 +179,42 @@ def write_base(folder: Path, texts: Iterable[str], seed: int = 0) -> Qwen2Tokeni
     tokenizer = train_tokenizer(texts)
     save_base(folder, random_base(tiny_config(tokenizer), seed), tokenizer)
     return tokenizer
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS, in the format of sha256sum, of every file of a base."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def check_embedded() -> None:
+    """Compares the embedded base with its SHA256SUMS.
+
+    Raises:
+        InputError: a file is missing or of other bytes.
+    """
+    for line in (EMBEDDED / SUMS).read_text().splitlines():
+        expected, name = line.split("  ")
+        file = EMBEDDED / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+            raise InputError(f"{file} is not the file that the package was made with: install gve again")
+
+
+def copy_base(folder: Path) -> None:
+    """Writes the embedded base to `folder` as a hub folder.
+
+    Raises:
+        InputError: the embedded files are not those of their checksums.
+    """
+    check_embedded()
+    shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
+
+
+def random_twin(folder: Path, seed: int = 0) -> None:
+    """Writes a base of the embedded one's architecture and tokenizer, with random weights."""
+    config = Qwen2_5_VLConfig.from_pretrained(EMBEDDED)
+    save_base(folder, random_base(config, seed), Qwen2Tokenizer.from_pretrained(EMBEDDED))
 
 
 def save_base(folder: Path, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Qwen2Tokenizer) -> None:

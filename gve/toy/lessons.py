@@ -155,8 +155,8 @@ def moving_turns(scene: Scene, teller: Teller) -> Iterator[Turn]:
         if steps.count((who, what)) == 1:
             before = f"{d.noun(_name(scene.things[who]), 'the')} {d.verbs[what]}"
             after = f"{d.noun(_name(scene.things[then_who]), 'the')} {d.verbs[then_what]}"
-            nouns = (_name(scene.things[who]), _name(scene.things[then_who]))
-            form = Form(nouns, (Fact("order", (what, then_what), (0, 1 if who != then_who else 0)),))
+            nouns = tuple(_name(scene.things[i]) for i in dict.fromkeys((who, then_who)))
+            form = Form(nouns, (Fact("order", (what, then_what), (0, len(nouns) - 1)),))
             yield Turn("order", f"What happens after {before}?", after, form)
     yield Turn("camera", "What does the camera do?", d.camera(scene.camera), Form((), (Fact("camera", scene.camera),)))
 

@@ -27,17 +27,20 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from gve.eval.uvrb import SETS
 from gve.inputs import VisionGeometry
 from gve.inputs.patches import patchify
 from gve.inputs.positions import VisionSpan, mrope_positions
 from gve.items import InputError
 from gve.toy import captions, lessons
-from gve.toy.base import random_base, save_base, tiny_config, train_tokenizer
+from gve.toy.base import random_base, save_base, tiny_config, train_tokenizer, write_sums
 from gve.toy.captions import Teller
 from gve.toy.families import Maker
 from gve.toy.language import DIALECTS
 from gve.toy.render import draw
 from gve.toy.scenes import PICTURE_FRAME, SAMPLED_FRAMES, SIDE_PX, Clip, Scene
+from gve.toy.training import shown
+from gve.toy.uvrb import Builder
 
 GRID_TIMES_S = np.arange(4, dtype=np.float32)  # 8 of 32 frames at 8 fps: one grid step a second by the released rule
 HELD_OUT_LESSONS = 192  # fixed lessons that are only measured on
@@ -385,8 +388,6 @@ def pretrain(
     out: Path,
     recipe: Recipe,
     *,
-    refuse: Callable[[Clip], bool],
-    instructions: Iterable[str] = (),
     device: str = "cpu",
     report: Callable[[dict[str, Any]], None] = lambda line: None,
     save_every: int = 250,
@@ -396,8 +397,6 @@ def pretrain(
     Args:
         out: the folder; log.jsonl in it has a line every 100 steps, state.pt is what a restart needs.
         recipe: how.
-        refuse: whether a clip must not be shown, beside what training holds out anyway.
-        instructions: further texts whose words the tokenizer should know.
         device: where it runs; on "cuda" in bfloat16.
         report: told every line of the log.
         save_every: steps between states on disk.
@@ -406,7 +405,7 @@ def pretrain(
         InputError: `out` holds a run of another recipe.
     """
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer([*lesson_texts(), *instructions])
+    tokenizer = train_tokenizer([*lesson_texts(), *(record.instruction for record in SETS)])
     config = tiny_config(tokenizer)
     model = random_base(config, recipe.seed)
     with torch.no_grad():  # a quiet residual stream: every block begins near the identity
@@ -417,7 +416,10 @@ def pretrain(
     optimizers = _optimizers(model, recipe)
     state_file, log_file = out / "state.pt", out / "log.jsonl"
     done = _resume(state_file, recipe, model, optimizers)
-    taught = Lessons(tokenizer, VisionGeometry.from_config(config.to_dict()), recipe, refuse)
+    tested = {shown(clip) for look in DIALECTS for mini in Builder(0, look, 1.0).build() for clip in mini.corpus}
+    taught = Lessons(
+        tokenizer, VisionGeometry.from_config(config.to_dict()), recipe, lambda clip: shown(clip) in tested
+    )
     held_out = {
         "still": taught.batch("held-out", HELD_OUT_LESSONS, Stage(1, 1, 0, 0)).to(device),
         "clip": taught.batch("held-out", HELD_OUT_LESSONS, Stage(1, 0, 1, 0)).to(device),
@@ -440,7 +442,8 @@ def pretrain(
             report(line)
         if (step + 1) % save_every == 0 or last:
             _save(state_file, recipe, step + 1, model, optimizers)
-    save_base(out, model.cpu(), tokenizer)
+    save_base(out, model.cpu().half(), tokenizer)
+    write_sums(out)
     return out
 
 

@@ -1,29 +1,28 @@
-"""`gve toy`: make the toy world, or look at it."""
+"""`gve toy`: make the toy world, look at it, or make its tiny base again."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gve.items import InputError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `gve toy make` or `gve toy show`.
+    """Runs `gve toy make`, `show` or `base`.
 
     Returns:
-        0 done, 2 bad input.
+        0.
+
+    Raises:
+        InputError: the input cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except InputError as error:
-        print(f"gve toy: {error}", file=sys.stderr)
-        return 2
+    return int(arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--dialect", default="A", help="of the test sets: A (trained) or B (transfer)")
     make.add_argument("--jobs", type=int, default=2, help="processes that render")
     make.add_argument("--quiet", action="store_true", help="no progress bar")
+    make.add_argument(
+        "--base",
+        default="trained",
+        help="trained: the base that gve carries; random: the same architecture with random weights (--seed)",
+    )
     make.set_defaults(run=_make)
     show = commands.add_parser(
         "show",
@@ -53,6 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("png", type=Path, help="picture to write")
     show.add_argument("--per-set", type=int, default=2, help="queries of each set")
     show.set_defaults(run=_show)
+    base = commands.add_parser(
+        "base",
+        help="train the tiny base that gve carries, anew",
+        description="Pretrain the tiny base by next-token answers and captions; an interrupted run is continued.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    base.add_argument("out", type=Path, help="folder of the base, a hub folder when it is done")
+    base.add_argument("--recipe", type=Path, required=True, help="YAML, as experiments/0001-toy-base/recipe.yaml")
+    base.add_argument("--device", default="auto", help="cpu, cuda, or auto: cuda where there is one")
+    base.add_argument("--threads", type=int, default=1, help="of the CPU")
+    base.set_defaults(run=_base)
     return parser
 
 
@@ -61,7 +76,7 @@ def _make(arguments: argparse.Namespace) -> int:
 
     if arguments.jobs < 1:
         raise InputError(f"--jobs {arguments.jobs}: use 1 or more")
-    request = Request(arguments.seed, arguments.scale, arguments.test_scale, arguments.dialect)
+    request = Request(arguments.seed, arguments.scale, arguments.test_scale, arguments.dialect, arguments.base)
     start = time.monotonic()
     out = make_world(arguments.out, request, jobs=arguments.jobs, progress=not arguments.quiet)
     made = json.loads((out / "world.json").read_text())
@@ -79,4 +94,29 @@ def _show(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.world} is no toy world; make one with `gve toy make {arguments.world}`")
     contact_sheet(arguments.world, arguments.per_set).save(arguments.png)
     print(arguments.png)
+    return 0
+
+
+def _base(arguments: argparse.Namespace) -> int:
+    import torch
+    import yaml
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from gve.toy.pretraining import Recipe, pretrain
+
+    try:
+        recipe = Recipe.from_dict(yaml.safe_load(arguments.recipe.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"recipe {arguments.recipe} cannot be read: {error}") from None
+    device = "cuda" if arguments.device == "auto" and torch.cuda.is_available() else arguments.device
+    torch.set_num_threads(max(1, arguments.threads))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("steps", total=recipe.steps)
+
+        def report(line: dict[str, Any]) -> None:
+            bar.update(task, completed=line["step"], description=f"loss {line['loss']:.3f}")
+
+        pretrain(arguments.out, recipe, device="cpu" if device == "auto" else device, report=report)
+    print(f"{arguments.out}: base of {recipe.steps} steps; its log is {arguments.out / 'log.jsonl'}")
     return 0

@@ -21,13 +21,12 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gve.eval.uvrb import SETS
 from gve.items import InputError
 from gve.toy.render import Shot, Still, render_all
 from gve.toy.training import Mixture, Source, shown
 from gve.toy.uvrb import Builder, MiniSet, write_set
 
-VERSION = 1  # of the generator: raise it when the same request would give other files
+VERSION = 2  # of the generator: raise it when the same request would give other files
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,22 @@ class Request:
         scale: share of the full training mixture, 1.0 for about 10,000 pairs.
         test_scale: share of the mini UVRB's sizes; below 1 its sets are for tests of code only.
         dialect: of the test sets. "A" is the trained one (held-out scenes), "B" is the transfer.
+        base: "trained", the one that the package carries, or "random", the same architecture with random weights.
     """
 
     seed: int = 0
     scale: float = 1.0
     test_scale: float = 1.0
     dialect: str = "A"
+    base: str = "trained"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale <= 10 or not 0 < self.test_scale <= 1:
             raise InputError(f"scale {self.scale}, test scale {self.test_scale}: use above 0 to 10, and above 0 to 1")
         if self.dialect not in ("A", "B"):
             raise InputError(f"dialect {self.dialect!r}: use A (trained) or B (transfer)")
+        if self.base not in ("trained", "random"):
+            raise InputError(f"base {self.base!r}: use trained or random")
 
 
 def make_world(out: str | Path, request: Request | None = None, *, jobs: int = 2, progress: bool = True) -> Path:
@@ -85,7 +88,7 @@ def make_world(out: str | Path, request: Request | None = None, *, jobs: int = 2
         sets = Builder(request.seed, request.dialect, request.test_scale).build()
         tested = {shown(clip) for mini in sets for clip in mini.corpus}
         sources = list(Mixture(request.seed, request.scale, tested).sources())
-        _write_base(partial / "base", sources, request.seed)
+        _write_base(partial / "base", request)
         counts = {"uvrb": _write_uvrb(partial / "uvrb", sets, jobs, bar)}
         counts["shards"] = _write_shards(partial / "shards", sources, jobs, bar)
     (partial / "world.json").write_text(json.dumps({**asked, **counts}, indent=2) + "\n")
@@ -109,13 +112,13 @@ def _is_made(out: Path, asked: dict[str, Any]) -> bool:
     return True
 
 
-def _write_base(folder: Path, sources: Iterable[Source], seed: int) -> None:
-    from gve.toy.base import write_base  # imports transformers, 4 s: not for a world that is there already
+def _write_base(folder: Path, request: Request) -> None:
+    from gve.toy.base import copy_base, random_twin  # imports transformers, 4 s: not for a world that is there already
 
-    texts = [side.text for source in sources for sample in source.samples for side in sample.sides if side.text]
-    texts += [source.instruction for source in sources]
-    texts += [record.instruction for record in SETS]
-    write_base(folder, texts, seed)
+    if request.base == "trained":
+        copy_base(folder)
+    else:
+        random_twin(folder, request.seed)
 
 
 def _write_uvrb(root: Path, sets: list[MiniSet], jobs: int, bar: Progress) -> dict[str, Any]:
