@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gve.data.mixture import mixture
+from gve.data.shards import ShardWriter
+from gve.data.sources import open_sources
 from gve.lightning_cli import parse
 from gve.model.backbone import Backbone
 from gve.model.embedder import VideoEmbedder
@@ -17,11 +23,12 @@ from gve.model.embedder import VideoEmbedder
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 PARTS = sorted((ROOT / "configs").glob("*/*.yaml"))
+PUBLISHED = [f"{variant}_{size}" for size in ("3b", "7b") for variant in ("gve_i", "gve_s", "gve")]
 OVERLAYS = sorted((ROOT / "experiments").rglob("*.yaml"))
 
 
 def test_the_glob_sees_them() -> None:
-    assert {path.stem for path in RECIPES} >= {"quickstart", "gve_3b", "gve_7b"}
+    assert {path.stem for path in RECIPES} >= {"quickstart", *PUBLISHED}
     assert {path.parent.name for path in PARTS} == {"data", "eval", "model", "trainer"}
 
 
@@ -74,6 +81,84 @@ def test_published_recipes_build(size: str, trained: int) -> None:
     assert isinstance(model.backbone, Backbone)
     assert model.backbone.dim == hidden
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_say_what_the_paper_says(name: str) -> None:
+    """Table 9 and section 5 of the paper; GVE-i: no UVRD, no curriculum, GVE-s: UVRD, no curriculum, GVE: both."""
+    config = parse(["fit", "--config", str(ROOT / f"configs/{name}.yaml")])
+    assert config.model.base == f"Qwen/Qwen2.5-VL-{name[-2:].upper()}-Instruct"
+    lora, optimizer, inputs = config.model.lora, config.model.optimizer, config.model.inputs
+    assert (lora.rank, lora.alpha, lora.dropout) == (16, 32, 0.1)
+    assert sorted(lora.targets) == ["down_proj", "gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.schedule) == (3e-5, 0.1, "cosine")
+    assert (config.model.temperature, config.model.gradient_checkpointing) == (0.03, True)
+    assert (inputs.sampling.kind, inputs.sampling.fps, inputs.sampling.num_frames) == ("fps", 1.0, 8)
+    assert (inputs.max_frame_tokens, inputs.max_length) == (200, 1200)
+    assert config.trainer.num_nodes * config.trainer.devices == 32
+    assert (config.trainer.max_epochs, config.trainer.precision, config.seed_everything) == (3, "bf16-mixed", 42)
+    trained = {source for source, batch in config.data.batch_size.items() if batch}
+    assert len(trained) == (31 if name.startswith("gve_i") else 38)
+    assert any(source.startswith("uvrd_") for source in trained) == (not name.startswith("gve_i"))
+    curriculum = config.data.curriculum
+    if name in ("gve_3b", "gve_7b"):
+        assert (curriculum.schedule, curriculum.sigma_first, curriculum.sigma_last) == ("pyramid", 0.1, 1.0)
+    else:
+        assert curriculum.schedule == "uniform"
+
+
+@pytest.fixture(scope="module")
+def mixture_shards(toy_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 38 sources by name, task, instruction and hard negatives, with six toy pairs each."""
+    root = tmp_path_factory.mktemp("mixture")
+    toy = {source.record.task: source for source in open_sources(toy_world / "shards").values()}
+    for row in mixture().values():
+        pairs = [toy[row.task].read(i) for i in range(6)]
+        level, instruction = row.level, row.instruction
+        with ShardWriter(root, task=row.task, source=row.name, level=level, instruction=instruction) as writer:
+            for i, pair in enumerate(pairs):
+                others = tuple(pairs[(i + j) % 6].target for j in range(1, row.negatives + 1))
+                writer.write(replace(pair, query=replace(pair.query, instruction=""), negatives=others))
+    return root
+
+
+HARDWARE = {"trainer.accelerator": "cpu", "trainer.num_nodes": 1, "trainer.devices": 1, "trainer.strategy": "auto"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_train_three_steps(
+    name: str, mixture_shards: Path, toy_world: Path, tmp_path: Path
+) -> None:
+    """As published but for the backbone, the data, the hardware, and a 512th of the batch."""
+    from gve.cli import main
+
+    changes = {
+        "model.base": toy_world / "base",
+        "model.attention": "sdpa",
+        "data.root": mixture_shards,
+        "data.batch_divisor": 512,
+        "data.num_workers": 0,
+        "trainer.max_steps": 3,
+        "trainer.log_every_n_steps": 1,
+        "trainer.default_root_dir": tmp_path,
+        **HARDWARE,
+    }
+    words = [str(word) for key, value in changes.items() for word in (f"--{key}", value)]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(ROOT / f"configs/{name}.yaml"), *words])
+    assert end.value.code == 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert len(losses) == 3
+    assert all(0 < loss < 20 for loss in losses)
+    record = json.loads((tmp_path / "curriculum.json").read_text())["epochs"][0]
+    units = {"gve_3b": 13, "gve_7b": 13, "gve_i_3b": 31, "gve_i_7b": 31, "gve_s_3b": 38, "gve_s_7b": 38}[name]
+    assert len(record["probabilities"]) == units
+    assert len(record["scores"]) == (13 if units == 13 else 0), "the Modality Pyramid scores its tasks, others do not"
+    # Six pairs a source: without the curriculum all sources weigh alike.
+    if units != 13:
+        assert set(record["probabilities"].values()) == {round(1 / units, 9)}
 
 
 def test_a_misspelt_key_is_one_line_and_exit_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
