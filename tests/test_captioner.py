@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gve.inputs import Prepared
 from gve.items import InputError, Item
-from gve.toy import lessons
-from gve.toy.base import write_base
-from gve.toy.captioner import EMBEDDED_BASE, POLICY, Captioner
+from gve.model.backbone import Backbone
+from gve.toy import base, lessons
+from gve.toy.base import EMBEDDED, write_base
+from gve.toy.captioner import POLICY, Captioner
 from gve.toy.families import Maker
 from gve.toy.lessons import REQUESTS
 from gve.toy.render import Shot, Still, render
@@ -174,7 +176,14 @@ def test_bad_input_is_refused(captioner: Captioner, items: list[Item], folder: P
         Captioner.from_base(tmp_path / "base")
 
 
-@pytest.mark.skipif(EMBEDDED_BASE.is_dir(), reason="the embedded base is here")
-def test_a_missing_embedded_base_is_said() -> None:
-    with pytest.raises(InputError, match="embedded base is not installed"):
+def test_the_embedded_base_is_a_captioner(items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads what its lessons show by default, and a damaged file is not loaded."""
+    embedded = Captioner.from_base()
+    assert embedded.builder.policy == POLICY
+    assert embedded.backbone.base_hash == Backbone.from_pretrained(str(EMBEDDED), lora=None).base_hash
+    damaged = tmp_path / "weights"
+    shutil.copytree(EMBEDDED, damaged)
+    (damaged / "config.json").write_text("{}")
+    monkeypatch.setattr(base, "EMBEDDED", damaged)
+    with pytest.raises(InputError, match=r"config\.json is not the file"):
         Captioner.from_base()

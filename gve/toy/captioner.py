@@ -19,11 +19,11 @@ from gve.encode.encoder import decoded
 from gve.inputs import InputBuilder, InputPolicy, Prepared
 from gve.items import InputError, Item, Text
 from gve.model.backbone import Backbone
+from gve.toy.base import EMBEDDED, check_embedded
 from gve.toy.lessons import REQUESTS
 from gve.toy.scenes import SAMPLED_FRAMES
 from gve.video import Sampling
 
-EMBEDDED_BASE = Path(__file__).parent / "weights"
 # What the base was trained with: 8 frames of 3 x 3 tokens, and the answer right after the assistant's turn begins.
 POLICY = InputPolicy(
     sampling=Sampling.uniform(len(SAMPLED_FRAMES)),
@@ -71,11 +71,11 @@ class Captioner:
             batch_size: items that are answered together.
 
         Raises:
-            InputError: no such base, or weights are missing.
+            InputError: no such base, weights are missing, or the embedded files are damaged.
         """
-        if folder is None and not EMBEDDED_BASE.is_dir():
-            raise InputError(f"the embedded base is not installed ({EMBEDDED_BASE.name}/ is missing); name a folder")
-        base = str(folder or EMBEDDED_BASE)
+        if folder is None:
+            check_embedded()
+        base = str(folder or EMBEDDED)
         builder = InputBuilder.from_base(base, policy)
         return cls(_load(base), builder, batch_size=batch_size)
 
