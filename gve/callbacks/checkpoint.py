@@ -86,16 +86,14 @@ class RunCheckpoints(Checkpoint):
             self._signals.listen()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says where the run goes on.
+        """Compares what the ranks begin with.
 
         Raises:
-            InputError: the ranks were given different checkpoints (a shared disk may show them different folders).
+            InputError: they found different checkpoints (a shared disk may show them different folders).
         """
         chosen = trainer.strategy.broadcast(trainer.ckpt_path)
         if chosen != trainer.ckpt_path:
             raise InputError(f"rank {trainer.global_rank} found checkpoint {trainer.ckpt_path}, rank 0 found {chosen}")
-        if chosen is not None:
-            rank_zero_info(f"goes on from {chosen}: epoch {trainer.current_epoch}, step {trainer.global_step}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning has put its own handler of SIGTERM there meanwhile, which starts a collective wherever it is called.
@@ -104,7 +102,11 @@ class RunCheckpoints(Checkpoint):
             return
         if trainer.ckpt_path is None:
             self._set_aside()
-        elif self._best_step == trainer.global_step:
+            return
+        rank_zero_info(
+            f"goes on from {trainer.ckpt_path}: epoch {trainer.current_epoch}, {trainer.global_step} steps done"
+        )
+        if self._best_step == trainer.global_step:
             # The run may have died between saving the state and giving it its second name.
             _share(Path(trainer.ckpt_path), self.folder / "best.ckpt")
 
@@ -213,13 +215,15 @@ def require_checkpoint(path: str | Path) -> None:
     if "://" in str(path):
         return
     try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"checkpoint {path} cannot be read ({error.strerror}): check --ckpt_path") from None
+    try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # torch reads past a wrong checksum: a hurt file would give other weights, not an error.
         with zipfile.ZipFile(path) as archive:
             hurt = archive.testzip()
-    except OSError as error:
-        raise InputError(f"checkpoint {path} cannot be read ({error.strerror}): check --ckpt_path") from None
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
         raise InputError(f"{path} is no checkpoint that can be loaded as plain tensors: give one of gve fit") from None
     if hurt is not None:
         raise InputError(f"checkpoint {path} is damaged: the checksum of {hurt} is wrong")
