@@ -193,7 +193,8 @@ class Training:
         dropout: whether LoRA drops inputs.
         dtype_bytes: of the base's weights and of the activations: 2 for bfloat16, 4 for float32.
         checkpointing: decoder layers (all but the last) are computed again in backward.
-        chunk_tokens: GradCache: most tokens of a chunk, 0 for the whole batch at once.
+        chunk_tokens: GradCache: most tokens of a chunk, and of a call of the tower; 0 for the whole batch at once.
+        loss_tile: columns of cosines that exist at a time; 0 for all.
         shards: processes over which FSDP divides weights, gradients and optimizer state; 1 for DDP.
         optimizer_shards: the same for the optimizer state and gradients alone (ZeRO-2).
     """
@@ -204,6 +205,7 @@ class Training:
     dtype_bytes: int = 2
     checkpointing: bool = True
     chunk_tokens: int = 0
+    loss_tile: int = 0
     shards: int = 1
     optimizer_shards: int = 1
 
@@ -327,12 +329,13 @@ def step_memory(
 ) -> dict[str, float]:
     """Peak GPU memory of one rank in a step of one source, in bytes by part; "peak" is the sum at the worst moment.
 
-    "weights": the frozen base. "trained": LoRA in float32 with gradient and AdamW's two moments, 16 bytes each, and 4
-    for DDP's buckets. "pixels": the step's patches in float32. "features": the tower's merged tokens. "tower": what its
-    widest moment holds (freed before the language model runs). "activations": what backward needs: everything without
-    checkpointing, else the input of each layer and one layer at a time; with GradCache only those of one chunk.
-    "logits": local rows x gathered columns, both directions, with what backward keeps (32 bytes an entry).
-    CUDA's own context and the allocator's fragmentation are not counted.
+    "weights": the frozen base. "trained": LoRA in float32 with gradient and AdamW's two moments, 16 bytes each, 4 more
+    for DDP's buckets, and 4 for the sums of GradCache. "pixels": the step's patches in float32. "features": the tower's
+    merged tokens. "tower": what its widest moment holds (freed before the language model runs). "activations": what
+    backward needs: everything without checkpointing, else the input of each layer and one layer at a time; with
+    GradCache only those of one chunk. "logits": local rows x gathered columns (or the columns of a tile), both
+    directions, with what backward keeps: 32 bytes an entry. CUDA's own context, the gradients of activations in flight
+    and the allocator's fragmentation are not counted.
     """
     trained = sizes.lora_parameters(how.rank, how.targets) if how.rank else 0
     split = max(how.shards, how.optimizer_shards)
@@ -343,19 +346,24 @@ def step_memory(
     widest = max(b * (2 * h + 3 * h) + FLOAT32 * 4 * h, b * (2 * h + 3 * i))
     tokens = sum(batch.tokens for batch in batches)
     largest = max((batch.tokens for batch in batches), default=0.0)
+    seen, columns = patches, pairs * world
     if how.chunk_tokens:
         tokens, largest = min(tokens, how.chunk_tokens), min(largest, how.chunk_tokens)
+        seen = min(patches, how.chunk_tokens * sizes.merge**2)
+    if how.loss_tile:
+        columns = min(columns, how.loss_tile)
     activations = kept_bytes(sizes, tokens, how)
     if how.checkpointing:
         activations += largest * sum(layer_bytes(sizes, how))
     parts = {
         "weights": sum(sizes.parameters().values()) * b / how.shards,
-        "trained": trained * (FLOAT32 / how.shards + 12 / split + (FLOAT32 if split == 1 < world else 0)),
+        "trained": trained
+        * (FLOAT32 / how.shards + 12 / split + FLOAT32 * ((split == 1 < world) + bool(how.chunk_tokens))),
         "pixels": FLOAT32 * patches * sizes.patch_values,
         "features": b * patches / sizes.merge**2 * sizes.hidden,
-        "tower": patches * (widest + b * sizes.patch_values),
+        "tower": seen * (widest + b * sizes.patch_values),
         "activations": activations if how.rank else 0.0,
-        "logits": 32.0 * pairs * pairs * world,
+        "logits": 32.0 * pairs * columns,
     }
     held = parts["weights"] + parts["trained"] + parts["pixels"] + parts["features"]
     parts["peak"] = held + max(parts["tower"], parts["activations"] + parts["logits"])

@@ -67,14 +67,8 @@ def plan(config: Namespace, arguments: argparse.Namespace) -> dict[str, Any]:
     assumed = Assumptions(arguments.clip_s, arguments.frame, arguments.image, arguments.text_words)
     lengths = Lengths(config.model.base, InputPolicy.from_dict(config.model.inputs.as_dict()), assumed)
     published = arguments.size or ("7b" if sizes.hidden == 3584 else "3b")
-    rows, said = rows_of(config.data, lengths, published, arguments.sample)
+    rows, said = rows_of(config.data, lengths, machines.world, published, arguments.sample)
     sources = [row.source for row in rows]
-    for source in sources:
-        if source.batch % machines.world:
-            raise InputError(
-                f"source {source.name}: a global batch of {source.batch} cannot be split over {machines.world} GPUs: "
-                "use a multiple"
-            )
     curriculum = _curriculum(config.data.curriculum, arguments)
     history = History.load(arguments.replay) if arguments.replay else None
     prober = read_prober(arguments.prober) if arguments.prober else None

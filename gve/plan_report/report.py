@@ -215,12 +215,13 @@ class Planned:
         )
 
 
-def rows_of(data: Namespace, lengths: Lengths, size: str, sample: int) -> tuple[list[Row], list[str]]:
+def rows_of(data: Namespace, lengths: Lengths, world: int, size: str, sample: int) -> tuple[list[Row], list[str]]:
     """The sources of a run and what is to be said about them: those of its shards, else those of the paper.
 
     Args:
         data: the `data` part of a parsed configuration.
         lengths: of the run's base and policy.
+        world: GPUs of the run.
         size: "3b" or "7b": which of the paper's mixtures stands in where there are no shards.
         sample: rows of each source whose lengths are read; 0 assumes all lengths.
 
@@ -228,14 +229,14 @@ def rows_of(data: Namespace, lengths: Lengths, size: str, sample: int) -> tuple[
         InputError: shards or settings cannot be used, as the run itself would say.
     """
     if "://" not in data.root and not (Path(data.root) / MANIFEST).is_file():
-        return _published(data, lengths, size), [
+        return _published(data, lengths, world, size), [
             f"data.root {data.root} holds no shards here: sizes are the paper's for {size}, lengths assumed"
         ]
     rows, said = [], []
     if not lengths.exact:
         said.append("the base's tokenizer is not on this machine: tokens are counted from words")
     for source in open_sources(data.root).values():
-        row = _stored(data, source, lengths, sample)
+        row = _stored(data, source, lengths, world, sample)
         if row is None:
             continue
         rows.append(row)
@@ -247,10 +248,10 @@ def rows_of(data: Namespace, lengths: Lengths, size: str, sample: int) -> tuple[
     return rows, said
 
 
-def _published(data: Namespace, lengths: Lengths, size: str) -> list[Row]:
+def _published(data: Namespace, lengths: Lengths, world: int, size: str) -> list[Row]:
     rows = []
     for entry in mixture().values():
-        batch = _setting(data, "batch_size", entry.name, entry.task)
+        batch = _global_batch(data, entry.name, entry.task, world)
         if not batch:
             continue
         pairs, wanted = entry.size(size), _setting(data, "negatives", entry.name, entry.task)
@@ -261,9 +262,9 @@ def _published(data: Namespace, lengths: Lengths, size: str) -> list[Row]:
     return rows
 
 
-def _stored(data: Namespace, source: Source, lengths: Lengths, sample: int) -> Row | None:
+def _stored(data: Namespace, source: Source, lengths: Lengths, world: int, sample: int) -> Row | None:
     record = source.record
-    batch = _setting(data, "batch_size", source.name, record.task)
+    batch = _global_batch(data, source.name, record.task, world)
     if not batch:
         return None
     wanted = _setting(data, "negatives", source.name, record.task)
@@ -294,7 +295,24 @@ def _setting(data: Namespace, name: str, source: str, task: str) -> int:
             value = value[key]
     if not isinstance(value, int):
         raise InputError(f"data.{name} has no value for source {source} ({task}): add it or a default")
-    return value // data.get("batch_divisor", 1) if name == "batch_size" else value
+    return value
+
+
+def _global_batch(data: Namespace, source: str, task: str, world: int) -> int:
+    """Rows of one step of a source; 0 leaves it out.
+
+    Raises:
+        InputError: it cannot be split over the GPUs.
+    """
+    batch = _setting(data, "batch_size", source, task)
+    if data.batch_divisor != 1 and batch:
+        batch = max(batch // data.batch_divisor // world, 1) * world
+    if batch % world:
+        raise InputError(
+            f"source {source}: a global batch of {batch} cannot be split over {world} GPUs: use a multiple, or other "
+            "--nodes and --devices"
+        )
+    return batch
 
 
 def training_of(config: Namespace, machines: Machines) -> Training:
@@ -304,7 +322,8 @@ def training_of(config: Namespace, machines: Machines) -> Training:
         **lora_of(model.lora),
         dtype_bytes=2 if model.dtype == "bfloat16" else 4,
         checkpointing=model.gradient_checkpointing,
-        chunk_tokens=model.get("chunk_tokens", 0),
+        chunk_tokens=model.chunk_tokens,
+        loss_tile=model.loss_tile,
         shards=machines.world if machines.strategy == "fsdp" else 1,
         optimizer_shards=machines.world if machines.strategy == "zero2" else 1,
     )
