@@ -75,8 +75,6 @@ def grad_cache(
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     for number, chunk in enumerate(chunks):
         torch.manual_seed(seed + number)
-        # Autocast keeps the weights that it has cast, and those of the first pass know of no gradient.
-        torch.clear_autocast_cache()
         rows = embed(chunk.batch)
         gradient = torch.zeros_like(rows)
         gradient[: len(chunk.rows)] = towards[chunk.side][chunk.rows]
