@@ -42,10 +42,11 @@ class MiningData(Protocol):
 
 
 class HardNegativeMining(L.Callback):
-    """Mines hard negatives anew as an epoch starts, on all ranks, by the model as the epoch before left it.
+    """Mines hard negatives anew at the end of an epoch, on all ranks, by the model as the epoch has left it.
 
     It writes `negatives/epoch_<n>.safetensors` into trainer.default_root_dir; the run's state keeps its digest, so a
-    resume goes on with the same negatives. The first epoch has those of data.negatives_file, mined by any prober.
+    resume goes on with the same negatives. The first epoch has those of data.negatives_file, mined by any prober. A run
+    that resumes from a checkpoint of before mines as its next epoch starts, from the same weights.
     It logs `mining/<source>/enough`, the share of pairs with as many negatives as they ask for, and `/positive` and
     `/negative`, mean cosines.
 
@@ -69,6 +70,7 @@ class HardNegativeMining(L.Callback):
             raise InputError(f"mining.every_n_epochs is {every_n_epochs}: use 0 (never) or more")
         self.every_n_epochs, self.sources, self.options = every_n_epochs, sources, options
         self.batch_tokens, self.num_workers = batch_tokens, num_workers
+        self._mined = 0  # the epoch that was mined for last
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses what cannot be mined before the run begins."""
@@ -81,10 +83,24 @@ class HardNegativeMining(L.Callback):
                 raise InputError("mining.every_n_epochs is set, but data.negatives asks for no hard negatives")
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data, epoch = getattr(trainer, "datamodule", None), trainer.current_epoch
+        self._mine(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.max_epochs is not None and trainer.current_epoch + 1 < trainer.max_epochs:
+            self._mine(trainer, pl_module, trainer.current_epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mined": self._mined}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._mined = state_dict["mined"]
+
+    def _mine(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        """Mines for an epoch, if that is due and not done."""
+        data = getattr(trainer, "datamodule", None)
         if not self.every_n_epochs or epoch == 0 or epoch % self.every_n_epochs or not isinstance(data, MiningData):
             return
-        if data.has_begun(epoch):  # resumed inside it
+        if self._mined >= epoch or data.has_begun(epoch):
             return
         if not isinstance(pl_module, VideoEmbedder):
             raise TypeError(f"HardNegativeMining mines with a VideoEmbedder, got {type(pl_module).__name__}")
@@ -109,6 +125,7 @@ class HardNegativeMining(L.Callback):
                 inputs=pl_module.inputs,
             )
         data.set_negatives(epoch, mined.path)
+        self._mined = epoch
         if pl_module.device.type == "cuda":
             torch.cuda.empty_cache()
         values = {
