@@ -238,6 +238,7 @@ print(json.dumps(found[1:]))
 """
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_does_not_grow_with_the_batch() -> None:
     """Peak of the resident memory over what rests before the step: 512 pairs against 64, in chunks of 1,024 tokens.
 

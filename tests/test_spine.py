@@ -145,9 +145,11 @@ def test_curves_of_a_fit(first: Path) -> None:
     assert validated < sources
     expected |= {f"val/{source}/{name}" for source in validated for name in ("loss", "recall_at_1")}
     assert {tag for tag in tags if tag.startswith("val/")} == expected
-    speed = {"throughput/pairs_per_s", "throughput/tokens_per_s", "throughput/data_wait_share"}
-    assert {tag for tag in tags if tag.startswith("throughput/")} == speed
-    assert all(0 <= share < 1 for share in tags["throughput/data_wait_share"].values())
+    speed = {"pairs_per_s", "tokens_per_s", "data_wait_share", "padding_share", "peak_memory_mb"}
+    speed |= {f"{phase}_s" for phase in ("tower", "decoder", "loss", "comm", "optimizer")}
+    assert {tag for tag in tags if tag.startswith("throughput/")} == {f"throughput/{name}" for name in speed}
+    for name in ("data_wait_share", "padding_share"):
+        assert all(0 <= share < 1 for share in tags[f"throughput/{name}"].values())
 
 
 def test_curves_of_the_curriculum(first: Path) -> None:

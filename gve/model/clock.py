@@ -19,7 +19,7 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self._cuda = False
-        self._on = False
+        self._on = self._paused = False
         self._open: list[str] = []
         self._since: torch.cuda.Event | float = 0.0
         self._pieces: list[tuple[str, torch.cuda.Event | float, torch.cuda.Event | float]] = []
@@ -32,23 +32,37 @@ class PhaseClock:
 
     def stop(self) -> None:
         """Measures no more, and forgets what was not read."""
-        self._on, self._open = False, []
+        self._on, self._paused, self._open = False, False, []
         self._pieces, self._tokens = [], []
+
+    def pause(self) -> None:
+        """Measures nothing until `resume`; what was measured stays."""
+        self._on, self._open, self._paused = False, [], self._on or self._paused
+
+    def resume(self) -> None:
+        """Goes on after a `pause`."""
+        self._on, self._paused = self._on or self._paused, False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The time inside counts as this phase's."""
-        if not self._on:
-            yield
-            return
-        self._turn()
-        self._open.append(name)
+        self.enter(name)
         try:
             yield
         finally:
-            if self._open:  # empty when the clock was stopped inside
-                self._turn()
-                self._open.pop()
+            self.leave()
+
+    def enter(self, name: str) -> None:
+        """Begins a phase, where a block cannot be written around it; `leave` ends the one that began last."""
+        if self._on:
+            self._turn()
+            self._open.append(name)
+
+    def leave(self) -> None:
+        """Ends the phase that began last; nothing happens when none is open."""
+        if self._open:
+            self._turn()
+            self._open.pop()
 
     def count_tokens(self, attention_mask: torch.Tensor) -> None:
         """Notes a batch that the language model is run on, padding and all."""
