@@ -30,7 +30,11 @@ def test_rows_as_published() -> None:
         "uvrd": (1_549_000, 1_549_000),
         "all": (12_643_000, 13_903_000),
     }
-    disagree = {kind for kind, pair in found.items() if max(abs(a - b) for a, b in zip(pair, PUBLISHED_TOTALS[kind], strict=True)) > 5000}
+    disagree = {
+        kind
+        for kind, pair in found.items()
+        if max(abs(a - b) for a, b in zip(pair, PUBLISHED_TOTALS[kind], strict=True)) > 5000
+    }
     assert disagree == {"image", "all"}
     # Single cells, one from each block of the table.
     assert (rows["msmarco"].size("3b"), rows["msmarco"].size("7b"), rows["msmarco"].negatives) == (300_000, 500_000, 2)
@@ -50,7 +54,14 @@ def test_every_row_is_whole() -> None:
         assert row.instruction.endswith(".")
         assert row.get
     good = rows["cirr"]
-    for change in ({"level": 1}, {"task": "T2X"}, {"name": "a b"}, {"batch": 0}, {"negatives": -1}, {"instruction": ""}):
+    for change in (
+        {"level": 1},
+        {"task": "T2X"},
+        {"name": "a b"},
+        {"batch": 0},
+        {"negatives": -1},
+        {"instruction": ""},
+    ):
         with pytest.raises(InputError):
             dataclasses.replace(good, **change)
 
@@ -75,4 +86,6 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["mixture"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in mixture())
-    assert "all: 12,643,000 (3B) / 13,903,000 (7B); the paper prints 12,550,000 / 13,730,000: the rows disagree" in shown
+    assert (
+        "all: 12,643,000 (3B) / 13,903,000 (7B); the paper prints 12,550,000 / 13,730,000: the rows disagree" in shown
+    )
