@@ -154,7 +154,8 @@ class MinedNegatives:
         ):
             if wanted and (wanted - set(there) or digest_of_sources(there, wanted) != expected):
                 raise ShardError(f"mined negatives {path} belong to other shards: mine them again with `gve mine`")
-        self._path, self.digest, self._file = path, found, None
+        self._path, self.digest = path, found
+        self._file = safetensors.safe_open(path, "np")  # now: a file put in its place later is another one
         self._corpora = {name: [others[own] for own in corpus] for name, corpus in header.corpora.items()}
         self._starts = {
             name: np.concatenate(([0], np.cumsum([len(source) for source in corpus])))
