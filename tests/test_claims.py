@@ -260,6 +260,8 @@ def test_another_order_is_false() -> None:
         ("a red ring blinks", set()),
         ("a blue ring blinks", {"colour"}),  # the ring, since it is the ring that blinks
         ("a blue ring swells", {"shape"}),  # the square, since it is the square that swells
+        ("a red square", {"colour"}),  # nothing else is said: a thing is what its shape says
+        ("a red ring and a blue ring", {"shape"}),  # the first is the ring, so the second is the square
         ("a pink star blinks", {"colour", "shape", "move"}),  # there is nothing that it could mean
         ("First the red ring blinks, and last it hops right.", {"order"}),
         ("First the red ring hops right, then the blue square swells, and last the red ring hops up.", {"move"}),
