@@ -73,8 +73,75 @@ def test_schedules_without_measured_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"schedule": "random"}, {"unit": "row"}, {"sigma_first": 0.0}, {"schedule": "fixed"}, {"sigma_last": -1.0}]
+    "bad",
+    [
+        {"schedule": "random"},
+        {"unit": "row"},
+        {"sigma_first": 0.0},
+        {"schedule": "fixed"},
+        {"sigma_last": -1.0},
+        {"sigma_scale": {"T2T": 0.0}},
+    ],
 )
 def test_bad_settings_are_refused(bad: dict) -> None:
     with pytest.raises(InputError):
         Curriculum(**bad)
+
+
+def test_sigma_of_one_unit() -> None:
+    # T2V at 0.42 / (0.1 * 2) = 2.1 against T2T at 0.55 / 0.1 = 5.5 and TV2V at 0.31 / (0.1 * 0.5) = 6.2, by hand:
+    # e^-0.7 = 0.496585 and e^-4.1 = 0.016573 beside 1, sum 1.513158.
+    curriculum = Curriculum(sigma_scale={"T2V": 2.0, "TV2V": 0.5})
+    found = curriculum.probabilities(0, 3, {"T2V": 0.42, "T2T": 0.55, "TV2V": 0.31}, {"T2T": 4, "T2V": 1, "TV2V": 2})
+    assert found == pytest.approx({"T2T": 0.328178, "T2V": 0.010952, "TV2V": 0.660870}, abs=1e-6)
+    with pytest.raises(InputError, match="sigma_scale names T2X"):
+        Curriculum(sigma_scale={"T2X": 2.0}).probabilities(0, 3, {}, {"T2T": 4})
+
+
+SCORES = {"clips": 0.3, "texts": 0.6, "stills": 0.45, "edits": 0.1}
+SIZES = {"clips": 800, "texts": 100, "stills": 100, "edits": 200}
+
+
+def test_easy_first_and_hard_first_lay_the_units_end_to_end() -> None:
+    # Four units of a quarter each over three epochs: an epoch takes a unit and a third of the next, and so on.
+    easy, hard = Curriculum("easy_first"), Curriculum("hard_first")
+    expected = [
+        {"texts": 3 / 4, "stills": 1 / 4},
+        {"stills": 1 / 2, "clips": 1 / 2},
+        {"clips": 1 / 4, "edits": 3 / 4},
+    ]
+    for epoch, shares in enumerate(expected):
+        nothing = dict.fromkeys(SIZES, 0.0)
+        assert easy.probabilities(epoch, 3, SCORES, SIZES) == pytest.approx({**nothing, **shares}, abs=1e-12)
+        # Another order of the same units: hard_first is easy_first read backwards.
+        assert hard.probabilities(2 - epoch, 3, SCORES, SIZES) == pytest.approx({**nothing, **shares}, abs=1e-12)
+    # Equal scores stand by name, and one epoch has room for all.
+    assert easy.probabilities(0, 2, {"b": 0.5, "a": 0.5}, {"b": 1, "a": 1}) == {"b": 0.0, "a": 1.0}
+    assert easy.probabilities(0, 1, SCORES, SIZES) == pytest.approx(dict.fromkeys(SIZES, 0.25), abs=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 5])
+def test_the_controls_draw_as_much_of_every_unit_as_uniform(exponent: float, epochs: int) -> None:
+    """What reviewers asked for: another order, and nothing else; also with a size prior."""
+    uniform = Curriculum("uniform", size_exponent=exponent).probabilities(0, epochs, {}, SIZES)
+    for schedule in ("easy_first", "hard_first"):
+        curriculum = Curriculum(schedule, size_exponent=exponent)
+        each = [curriculum.probabilities(epoch, epochs, SCORES, SIZES) for epoch in range(epochs)]
+        assert all(math.fsum(shares.values()) == pytest.approx(1, abs=1e-12) for shares in each)
+        for unit in SIZES:
+            assert math.fsum(shares[unit] for shares in each) / epochs == pytest.approx(uniform[unit], abs=1e-12)
+        # The mean score that is drawn falls (easy first) or rises, epoch by epoch.
+        means = [sum(SCORES[unit] * share for unit, share in shares.items()) for shares in each]
+        assert means == sorted(means, reverse=schedule == "easy_first")
+    assert Curriculum("easy_first", floor=0.05).probabilities(0, 3, SCORES, SIZES)["edits"] == pytest.approx(0.05)
+
+
+def test_an_order_needs_scores() -> None:
+    with pytest.raises(InputError, match="no score for clips"):
+        Curriculum("easy_first").probabilities(0, 3, {}, SIZES)
+    with pytest.raises(InputError, match="finite number of epochs"):
+        Curriculum("hard_first").probabilities(3, 3, SCORES, SIZES)
+    assert [Curriculum(schedule).in_order for schedule in ("pyramid", "uniform", "easy_first", "hard_first")] == [
+        *(False, False, True, True)
+    ]

@@ -8,6 +8,7 @@ import pickle
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from gve.data.datamodule import PyramidDataModule
 from gve.data.loader import Quarantine, StepBuilder, StepLoader
 from gve.data.manifest import Presample
 from gve.data.plan import Rows
+from gve.data.probe import allot
 from gve.data.schema import ShardError
 from gve.data.shards import OFFSET, ShardWriter
 from gve.data.sources import open_sources
@@ -310,6 +312,57 @@ def test_mixture_of_sources(shards: Path, base: str) -> None:
     assert module.mixture() == pytest.approx({"T2T": 56 / 136, "T2I": 44 / 136, "T2V": 36 / 136}, abs=1e-8)
     assert module.tasks == ["T2I", "T2T", "T2V"]
     assert module.sources == ["clips", "stills", "talk"]
+
+
+def test_scores_of_an_order_are_those_before_the_first_epoch(shards: Path, base: str) -> None:
+    module = data(shards, base, curriculum=Curriculum("easy_first"), num_epochs=3)
+    module.setup()
+    with pytest.raises(InputError, match="no score for T2I"):
+        module.curriculum_record(0)
+    assert module.wants_scores(0)
+    module.set_scores(0, {"T2T": 0.2, "T2I": 0.5, "T2V": 0.4})
+    assert not module.wants_scores(0), "scored already"
+    assert not module.wants_scores(1), "the order stands"
+    drawn = [module.curriculum_record(epoch)["draws"] for epoch in range(3)]
+    assert drawn == [{"T2I": 12, "T2T": 0, "T2V": 0}, {"T2I": 0, "T2T": 0, "T2V": 12}, {"T2I": 0, "T2T": 12, "T2V": 0}]
+
+
+def test_probe_pairs_are_fixed_training_rows_of_all_sources(shards: Path, base: str) -> None:
+    module = data(shards, base, curriculum=Curriculum(unit="level"), dev_pairs=4)
+    module.setup()
+    pairs = module.probe_pairs(20)
+    assert {unit: len(found) for unit, found in pairs.items()} == {"1": 20, "2": 20}
+    # Level 1 is talk (56 training rows) and stills (44): 11.2 and 8.8 of 20.
+    assert Counter(key.split("_")[0] for key in pairs["1"].keys) == {"talk": 11, "stills": 9}
+    again = module.probe_pairs(20)
+    assert [again[unit].keys for unit in again] == [pairs[unit].keys for unit in pairs]
+    by_task = data(shards, base)
+    by_task.setup()
+    # A source's pairs are the first of one order: more keep the fewer, under another unit too.
+    assert by_task.probe_pairs(30)["T2T"].keys[:11] == [key for key in pairs["1"].keys if key.startswith("talk")]
+    other = data(shards, base, seed=43)
+    other.setup()
+    assert other.probe_pairs(30)["T2T"].keys != by_task.probe_pairs(30)["T2T"].keys
+    everything = by_task.probe_pairs(1000)
+    assert {unit: len(found) for unit, found in everything.items()} == {"T2I": 44, "T2T": 56, "T2V": 36}
+    for source, rows in by_task.held_out.items():
+        dev = {by_task.opened[source].key(row) for row in rows.tolist()}
+        assert not dev & {key for found in everything.values() for key in found.keys}
+    # As training reads them: 2 of the 4 stored frames, no negatives; a worker's copy reads the same.
+    found = pickle.loads(pickle.dumps(everything["T2V"]))
+    assert found[0].target.parts[0].source.indices.tolist() == [0, 9]
+    assert found[0].key == everything["T2V"].keys[0]
+    assert {len(pair.negatives) for pair in (everything["T2T"][number] for number in range(56))} == {0}
+
+
+def test_a_count_is_split_by_size() -> None:
+    assert allot(10, [90, 10]) == [9, 1]
+    # 191.9, 60.4 and 3.7 of 256: the two largest remainders get one more.
+    assert allot(256, [5_400_000, 1_700_000, 104_000]) == [192, 60, 4]
+    assert allot(4, [97, 2, 1]) == [2, 1, 1], "none is left out while there is one for each"
+    assert allot(3, [5, 1, 1, 1]) == [2, 1, 0, 0]
+    assert allot(100, [5, 0, 3]) == [5, 0, 3]
+    assert sum(allot(7, [3, 3, 3])) == 7
 
 
 # -------------------------------------------------------------------------------------------------------- bad samples

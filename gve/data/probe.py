@@ -76,12 +76,6 @@ def probe_rows(sources: Sequence[PlannedSource], count: int, seed: int) -> list[
 
 def allot(count: int, sizes: Sequence[int]) -> list[int]:
     """Splits a count in proportion to sizes (largest remainder): at least 1 each if it suffices, at most the size."""
-    if count >= len(sizes) and min(sizes) > 0:
-        return [1 + share for share in _in_proportion(count - len(sizes), [size - 1 for size in sizes])]
-    return _in_proportion(count, sizes)
-
-
-def _in_proportion(count: int, sizes: Sequence[int]) -> list[int]:
     total = sum(sizes)
     if count >= total:
         return list(sizes)
@@ -90,4 +84,8 @@ def _in_proportion(count: int, sizes: Sequence[int]) -> list[int]:
     by_remainder = sorted(range(len(sizes)), key=lambda k: (-(count * sizes[k] % total), k))
     for k in by_remainder[: count - sum(shares)]:
         shares[k] += 1
+    for k, size in enumerate(sizes):
+        if not shares[k] and size and max(shares) > 1:
+            shares[shares.index(max(shares))] -= 1
+            shares[k] = 1
     return shares
