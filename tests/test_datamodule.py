@@ -360,7 +360,7 @@ def test_a_count_is_split_by_size() -> None:
     # 191.9, 60.4 and 3.7 of 256: the two largest remainders get one more.
     assert allot(256, [5_400_000, 1_700_000, 104_000]) == [192, 60, 4]
     assert allot(4, [97, 2, 1]) == [2, 1, 1], "none is left out while there is one for each"
-    assert allot(3, [5, 1, 1, 1]) == [2, 1, 0, 0]
+    assert allot(3, [5, 1, 1, 1]) == [1, 1, 1, 0]
     assert allot(100, [5, 0, 3]) == [5, 0, 3]
     assert sum(allot(7, [3, 3, 3])) == 7
 

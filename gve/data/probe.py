@@ -75,7 +75,7 @@ def probe_rows(sources: Sequence[PlannedSource], count: int, seed: int) -> list[
 
 
 def allot(count: int, sizes: Sequence[int]) -> list[int]:
-    """Splits a count in proportion to sizes (largest remainder): at least 1 each if it suffices, at most the size."""
+    """Splits a count in proportion to sizes (largest remainder), so that as many as it allows have at least 1."""
     total = sum(sizes)
     if count >= total:
         return list(sizes)
