@@ -152,7 +152,9 @@ class PyramidDataModule(pl.LightningDataModule):
     @property
     def negatives_per_pair(self) -> dict[str, int]:
         """Source -> hard negatives that each of its pairs asks for."""
-        return {source.name: _setting(self.negatives, "negatives", source) for source in self._sources}
+        return {
+            each.name: setting_of(self.negatives, "negatives", each.name, each.record.task) for each in self._sources
+        }
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -439,10 +441,8 @@ class PyramidDataModule(pl.LightningDataModule):
 
     def _global_batch(self, source: Source) -> int:
         """Rows of one step of a source over all ranks; 0 leaves the source out."""
-        batch, ranks = _setting(self.batch_size, "batch_size", source), self._world[1]
-        if self.batch_divisor == 1 or batch < 1:
-            return batch
-        return max(batch // self.batch_divisor // ranks, 1) * ranks
+        batch = setting_of(self.batch_size, "batch_size", source.name, source.record.task)
+        return divided_batch(batch, self.batch_divisor, self._world[1])
 
     def _check_presample(self, source: Source) -> None:
         presample = source.record.presample
@@ -455,11 +455,27 @@ class PyramidDataModule(pl.LightningDataModule):
             )
 
 
-def _setting(value: int | dict[str, int], name: str, source: Source) -> int:
-    """A number that may be given by source, by task or for all."""
+def setting_of(value: int | dict[str, int], name: str, source: str, task: str) -> int:
+    """A number that may be given by source, by task or for all.
+
+    Args:
+        value: as configured.
+        name: of the setting, for messages.
+        source, task: whose number it is.
+
+    Raises:
+        InputError: there is none.
+    """
     if isinstance(value, int):
         return value
-    for key in (source.name, source.record.task, "default"):
+    for key in (source, task, "default"):
         if key in value:
             return value[key]
-    raise InputError(f"data.{name} has no value for source {source.name} ({source.record.task}): add it or a default")
+    raise InputError(f"data.{name} has no value for source {source} ({task}): add it or a default")
+
+
+def divided_batch(batch: int, divisor: int, world: int) -> int:
+    """A global batch after `batch_divisor`: at least a row per rank; 0 stays 0."""
+    if divisor == 1 or batch < 1:
+        return batch
+    return max(batch // divisor // world, 1) * world

@@ -45,11 +45,12 @@ class History:
 
     @classmethod
     def load(cls, path: Path) -> History:
-        """Reads the file.
+        """Reads the file, or that of a run folder.
 
         Raises:
             InputError: it is missing or no such file.
         """
+        path = path / "curriculum.json" if path.is_dir() else path
         values = _read_json(path)
         try:
             epochs = {int(entry["epoch"]): entry for entry in values["epochs"]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -147,7 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", type=int, help="short for --trainer.devices: GPUs of a node")
     parser.add_argument("--max-passes", type=float, default=3.0, help="warn of more passes of a source (%(default)s)")
     draw = parser.add_argument_group("draw a logged curriculum again")
-    draw.add_argument("--replay", type=Path, metavar="FILE", help="curriculum.json of a run: its scores are used")
+    draw.add_argument(
+        "--replay", type=Path, metavar="FILE", help="curriculum.json of a run, or its folder: its scores are used"
+    )
     draw.add_argument("--sigma", type=_sigma, metavar="A:B", help="sigma of the first and of the last epoch")
     draw.add_argument("--unit", choices=("task", "source", "level"), help="what is drawn; scores are converted")
     draw.add_argument(
@@ -245,9 +248,9 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         f"{name} {value / flops['total']:.0%}" for name, value in flops.items() if name != "total" and value
     )
     lines = [
-        ("machines", f"{machines['world']} GPUs ({machines['nodes']} x {machines['devices']}), {machines['strategy']}"),
+        ("machines", f"{machines['nodes']} x {machines['devices']} devices, {machines['strategy']}"),
         ("model", f"{base:,} parameters frozen, {parameters['trained']:,} trained"),
-        ("run", f"{report['steps']:,} steps, {report['pairs']:,} pairs, {report['tokens'] / 1e9:.3g} G tokens"),
+        ("run", f"{report['steps']:,} steps, {report['pairs']:,} pairs, {_short(report['tokens'])} tokens"),
         ("negatives", f"{min(per_step):,.0f} to {max(per_step):,.0f} for each query of a step, hard ones included"),
         (
             "memory",
@@ -256,12 +259,18 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{memory['peak_with_checkpointing'] / 1e9:.1f} with and "
             f"{memory['peak_without_checkpointing'] / 1e9:.1f} without gradient checkpointing",
         ),
-        ("disk", f"shards {disk['shards'] / 1e9:,.3g} GB; a checkpoint {disk['checkpoint'] / 1e6:,.3g} MB"),
+        ("disk", f"shards {_short(disk['shards'])}B; a checkpoint {_short(disk['checkpoint'])}B"),
         (
             "compute",
-            f"{flops['total'] / 1e18:.3g} EFLOP ({work}): {report['gpu_hours']:,.3g} GPU-hours, "
+            f"{_short(flops['total'])}FLOP ({work}): {report['gpu_hours']:,.3g} GPU-hours, "
             f"{report['wall_hours']:,.3g} h on all GPUs, at {assumed['mfu']:.0%} of {assumed['peak_tflops']:g} TFLOP/s "
             "(assumed; decoding and evaluation not counted)",
         ),
     ]
     return lines + ([("sigma", ", ".join(widths))] if widths else [])
+
+
+def _short(number: float) -> str:
+    """Three digits and an SI prefix: 19.8 G."""
+    power = min(int(math.log10(number) // 3), 7) if number >= 1 else 0
+    return f"{number / 1000**power:.3g} {' kMGTPEZ'[power].strip()}"

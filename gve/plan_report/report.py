@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jsonargparse import Namespace
 
+from gve.data.datamodule import divided_batch, setting_of
 from gve.data.manifest import MANIFEST
 from gve.data.mixture import mixture
 from gve.data.plan import PlannedSource, permutation
@@ -240,11 +241,10 @@ def rows_of(data: Namespace, lengths: Lengths, world: int, size: str, sample: in
         if row is None:
             continue
         rows.append(row)
-        if row.negatives < row.wanted:
-            said.append(
-                f"{source.name}: {row.wanted} hard negatives a pair are configured, its rows hold "
-                f"{row.negatives:.3g}: mine some with `gve mine`"
-            )
+    if short := [
+        f"{row.source.name} {row.negatives:.3g} of {row.wanted}" for row in rows if row.negatives < row.wanted
+    ]:
+        said.append(f"rows hold fewer hard negatives than configured (`gve mine` finds some): {', '.join(short)}")
     return rows, said
 
 
@@ -254,7 +254,7 @@ def _published(data: Namespace, lengths: Lengths, world: int, size: str) -> list
         batch = _global_batch(data, entry.name, entry.task, world)
         if not batch:
             continue
-        pairs, wanted = entry.size(size), _setting(data, "negatives", entry.name, entry.task)
+        pairs, wanted = entry.size(size), setting_of(data.negatives, "negatives", entry.name, entry.task)
         query, target = lengths.assume(entry.task, entry.instruction)
         bytes_of = [side.stored_bytes(lengths.geometry) for side in (query, target)]
         planned = _planned(entry.name, entry.task, entry.level, batch, np.array([pairs]), data.dev_pairs)
@@ -267,7 +267,7 @@ def _stored(data: Namespace, source: Source, lengths: Lengths, world: int, sampl
     batch = _global_batch(data, source.name, record.task, world)
     if not batch:
         return None
-    wanted = _setting(data, "negatives", source.name, record.task)
+    wanted = setting_of(data.negatives, "negatives", source.name, record.task)
     planned = _planned(source.name, record.task, record.level, batch, source.shard_sizes, data.dev_pairs)
     query, target = lengths.assume(record.task, record.instruction)
     negatives = float(wanted)
@@ -285,28 +285,13 @@ def _planned(name: str, task: str, level: int, batch: int, shard_sizes: np.ndarr
     return PlannedSource(name, task, level, batch, shard_sizes, np.arange(min(dev_pairs, rows // 10)))
 
 
-def _setting(data: Namespace, name: str, source: str, task: str) -> int:
-    """A number that may be given by source, by task or for all, as the DataModule reads it."""
-    value = data[name]
-    for key in (source, task, "default"):
-        if not isinstance(value, dict):
-            break
-        if key in value:
-            value = value[key]
-    if not isinstance(value, int):
-        raise InputError(f"data.{name} has no value for source {source} ({task}): add it or a default")
-    return value
-
-
 def _global_batch(data: Namespace, source: str, task: str, world: int) -> int:
     """Rows of one step of a source; 0 leaves it out.
 
     Raises:
         InputError: it cannot be split over the GPUs.
     """
-    batch = _setting(data, "batch_size", source, task)
-    if data.batch_divisor != 1 and batch:
-        batch = max(batch // data.batch_divisor // world, 1) * world
+    batch = divided_batch(setting_of(data.batch_size, "batch_size", source, task), data.batch_divisor, world)
     if batch % world:
         raise InputError(
             f"source {source}: a global batch of {batch} cannot be split over {world} GPUs: use a multiple, or other "
