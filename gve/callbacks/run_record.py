@@ -29,8 +29,8 @@ class RunRecord(L.Callback):
     """Writes run.json into trainer.default_root_dir: one entry for every attempt, in the order of their starts.
 
     An entry has the command, the commit and whether the tree was changed, versions, hardware, seed, hash of the
-    resolved configuration, world size, the checkpoint it went on from, start, end, and how it ended: "running" remains
-    where a process was killed.
+    resolved configuration, world size, the checkpoint it went on from and at which step, start, end, and how it ended:
+    "running" remains where a process was killed.
 
     Args:
         steps: also write `steps-<rank>.jsonl`, a line for every step behind the weights: loss of this rank, source, and
@@ -56,13 +56,14 @@ class RunRecord(L.Callback):
             "config": None,
             "world_size": trainer.world_size,
             "resumed_from": None,
+            "first_step": 0,
             "step": trainer.global_step,
         }
         self._write(trainer, new=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.ckpt_path is not None:
-            self._entry |= {"resumed_from": str(trainer.ckpt_path), "step": trainer.global_step}
+            self._entry |= {"resumed_from": str(trainer.ckpt_path), "first_step": trainer.global_step}
             self._write(trainer, new=False)
         if self.steps:
             _cut(self._steps_file(trainer), trainer.global_step)
