@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +11,6 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 from tiny import clips, texts, write_tiny_base
 
 from gve.inputs import InputPolicy
@@ -140,70 +134,6 @@ def test_resume_is_bit_equal(base: str, tmp_path: Path) -> None:
     run.fit(embedder(base, **options), Pairs(4), ckpt_path=tmp_path / "half.ckpt")
     assert (len(first.train), len(second.train)) == (4, 4)
     assert first.train + second.train == whole.train
-
-
-class Half(Pairs):
-    """Rank r's rows of steps of 8 pairs, and an unequal share of the dev batches."""
-
-    def __init__(self, steps: int, rank: int, world: int) -> None:
-        super().__init__(steps)
-        self.rank, self.world = rank, world
-
-    def step(self, step: int) -> TrainBatch:
-        rows = [(step * 8 + row) % 16 for row in range(8)][self.rank :: self.world]
-        batch = super().step(step)
-        index = torch.arange(len(rows)).where(torch.tensor(rows) % 4 < 2, -1)[:, None]
-        hard = clips([(row + 8) % 16 for row in rows])
-        return dataclasses.replace(batch, query=texts(rows), target=clips(rows), negatives=hard, negative_index=index)
-
-    def val_dataloader(self) -> Any:
-        batches = [batch for i, batch in enumerate(super().val_dataloader()) if i % 2 % self.world == self.rank]
-        return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-
-
-def _fit_half(rank: int, world: int, base: str, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
-    options: dict[str, Any] = {}
-    if world > 1:
-        place = {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= place
-        options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
-    model = embedder(base, lora=Lora(rank=4, alpha=8, dropout=0.0))
-    run, losses = trainer(Path(folder), **options)
-    run.fit(model, Half(4, rank, world))
-    save_file(
-        {
-            "losses": torch.tensor(losses.train),
-            "val": torch.tensor([value for _, value in sorted(losses.val[0].items())]),
-            **model.backbone.trainable_state(),
-        },
-        f"{folder}/{rank}_of_{world}.safetensors",
-    )
-
-
-@pytest.mark.slow
-def test_two_ddp_ranks_train_as_one_process(base: str, tmp_path: Path) -> None:
-    """The same 8 pairs a step: equal losses and logged dev values on both ranks, equal weights after four AdamW steps.
-
-    Its negative control, a gather without gradient, is in test_infonce.py.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.spawn(_fit_half, args=(2, base, str(tmp_path), port), nprocs=2, join=False)
-    deadline = time.monotonic() + 150
-    try:
-        _fit_half(0, 1, base, str(tmp_path), port)
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "two DDP ranks did not finish in 150 s"
-    finally:
-        for process in context.processes:
-            process.kill()
-    one = load_file(tmp_path / "0_of_1.safetensors")
-    for rank in range(2):
-        two = load_file(tmp_path / f"{rank}_of_2.safetensors")
-        torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-4)
-    assert one["losses"][0] - one["losses"][-1] > 0.01
 
 
 def test_checkpoint_holds_the_trained_weights_only(base: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from gve.items import EmbedBatch, InputError, TrainBatch
 from gve.model.backbone import Backbone, Lora, check_same_weights
 from gve.model.gradcache import grad_cache
 from gve.model.infonce import Contrast, HardNegatives, InfoNCE, info_nce
+from gve.model.sharding import shard
 
 DevKey = tuple[str, int, int]
 """(source, pass, position) of a dev pair."""
@@ -129,6 +130,8 @@ class VideoEmbedder(L.LightningModule):
         """Builds the backbone once; not in `__init__`, so that a configuration can be printed without weights."""
         if not hasattr(self, "backbone"):
             self.backbone = self._build_backbone()
+            if self.device_mesh is not None:
+                shard(self.backbone, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW over what trains, the rate set per optimizer step."""
