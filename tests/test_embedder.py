@@ -17,6 +17,7 @@ from gve.inputs import InputPolicy
 from gve.items import EmbedBatch, InputError, TrainBatch
 from gve.model.backbone import Lora
 from gve.model.embedder import Optimizer, VideoEmbedder
+from gve.model.infonce import Contrast
 
 
 class Pairs(L.LightningDataModule):
@@ -270,3 +271,6 @@ def test_start_up_lines_say_what_trains(base: str) -> None:
     assert "0 trainable tensors, eval mode" in text
     assert "end of the generation prompt" in text
     assert "at most 200 a frame" in text
+    assert "a step: all rows at once, the loss whole, temperature 0.03" in text
+    model.chunk_tokens, model.contrast = 4096, Contrast(tile=64)
+    assert "a step: GradCache, 4096 tokens at a time, the loss in tiles of 64 columns" in model.describe()[-1]

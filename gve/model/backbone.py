@@ -20,6 +20,7 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from gve.items import EmbedBatch, InputError
@@ -67,6 +68,7 @@ class Backbone(nn.Module):
         dim: D, size of the embedding.
         base_hash: names the base weights: SHA-256 over name, shape and up to 4096 evenly spaced values of each tensor,
             so it takes milliseconds at any size and does not depend on files. "meta" for weights without values.
+        shards: parts whose weights are split over the ranks (gve.model.sharding); none by default.
     """
 
     def __init__(
@@ -91,6 +93,8 @@ class Backbone(nn.Module):
         self.lora = lora
         self._cache: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
         self._cache_room = feature_cache_bytes
+        self.shards: list[FSDPModule] = []
+        self._gathered = False
         self.train()
 
     @classmethod
@@ -177,6 +181,8 @@ class Backbone(nn.Module):
         Raises:
             InputError: placeholders and pictures of the batch do not match one to one.
         """
+        if self.training:
+            self._gather(False)
         if features is None:
             features = self.media_features(batch)
         config = self.model.config
@@ -207,9 +213,15 @@ class Backbone(nn.Module):
             return nn.functional.normalize(pooled.float(), dim=-1)
 
     def train(self, mode: bool = True) -> Backbone:
-        """As usual, but the tower stays in eval mode: it is frozen and its features are kept."""
+        """As usual, but the tower stays in eval mode: it is frozen and its features are kept.
+
+        Eval mode makes sharded weights whole (a collective: all ranks enter it together), until the next forward in
+        training mode. So ranks may embed unequal numbers of batches in evaluation, probing and mining.
+        """
         super().train(mode)
         self.model.visual.eval()
+        if not mode:
+            self._gather(True)
         return self
 
     @contextmanager
@@ -269,6 +281,17 @@ class Backbone(nn.Module):
             f"attention kernel: tower {tower.config._attn_implementation}, language model {text._attn_implementation}; "
             f"base {self.model.dtype}".replace("torch.", ""),
         ]
+
+    def _gather(self, whole: bool) -> None:
+        if self._gathered == whole:
+            return
+        for part in self.shards:
+            part.set_reshard_after_forward(not whole, recurse=False)
+            if whole:
+                part.unshard()
+            else:
+                part.reshard()
+        self._gathered = whole and bool(self.shards)
 
     def _remember(self, name: tuple[str, str], tokens: torch.Tensor) -> None:
         size = tokens.numel() * tokens.element_size()

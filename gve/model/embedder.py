@@ -150,7 +150,8 @@ class VideoEmbedder(L.LightningModule):
         """Start-up self-check on the terminal, rank 0."""
         # Lightning warns of modules in eval mode; here they are the frozen tower, and the lines below say so.
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
-        for line in self.describe():
+        data_lines = getattr(getattr(self.trainer, "datamodule", None), "describe", list)
+        for line in (*self.describe(), *data_lines()):
             rank_zero_info(line)
 
     def describe(self) -> list[str]:
@@ -162,6 +163,9 @@ class VideoEmbedder(L.LightningModule):
             f"{'appended <|endoftext|>' if policy.append_eos else 'end of the generation prompt'}",
             f"tokens: at most {policy.max_frame_tokens} a frame before temporal merging, {policy.max_length} an input; "
             f"frames {policy.sampling}",
+            f"a step: {f'GradCache, {self.chunk_tokens} tokens at a time' if self.chunk_tokens else 'all rows at once'}, "
+            f"the loss {f'in tiles of {self.contrast.tile} columns' if self.contrast.tile else 'whole'}, "
+            f"temperature {self.contrast.temperature}",
         ]
 
     def forward(self, batch: EmbedBatch) -> torch.Tensor:
