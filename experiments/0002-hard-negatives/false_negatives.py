@@ -4,6 +4,10 @@
 
 The world is told again from its seed, which gives the scene behind every row; a mined negative is false if what the
 query says holds in what the negative shows (for pictures that ask for texts: the other way round).
+
+Corpora: the source's own targets, those of its task, and "planted": for five text-to-video sources the clips of all
+five, each twice: as it is, and with other small shifts that no caption tells. The twin answers as well as the clip, and
+nobody has labelled it: what a web corpus is full of.
 """
 
 from __future__ import annotations
@@ -12,20 +16,23 @@ import argparse
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from gve.data.negatives import MinedNegatives
+from gve.data.shards import ShardWriter
 from gve.data.sources import Source, open_sources
 from gve.encode.pretrained import load_encoder
 from gve.encode.store import EmbeddingStore
 from gve.inputs import InputPolicy
+from gve.items import Item, Pair
 from gve.mining import MiningOptions, mine
 from gve.toy import captions
 from gve.toy.forms import Story, tells
+from gve.toy.render import Shot, render_all
 from gve.toy.scenes import Clip
 from gve.toy.training import Mixture, Sample, Side, shown
 from gve.toy.uvrb import Builder
@@ -41,6 +48,7 @@ FILTERS = {
     "margin 0.05": MiningOptions(max_share=0, margin=0.05),
     "first 5 passed over": MiningOptions(max_share=0, skip_first=5),
 }
+PLANTED = ("toy_short", "toy_object", "toy_general", "toy_keywords", "toy_temporal")
 
 
 class Told:
@@ -72,6 +80,26 @@ class Told:
         return tells(self.stories[text.text], _clip(media))
 
 
+def plant(told: Told, sources: Mapping[str, Source], root: Path) -> list[Side]:
+    """Writes the planted corpus as one source of a shard folder; returns what its targets show, in row order."""
+    sides: list[Side] = []
+    items: list[Item] = []
+    twins = {}
+    for name in PLANTED:
+        for row, sample in enumerate(told.samples[name]):
+            clip = _clip(sample.target)
+            twins[len(sides) + 1] = Shot(tuple(replace(scene, nuisance=scene.nuisance + 1) for scene in clip))
+            sides += [sample.target, Side(video=twins[len(sides) + 1])]
+            items += [sources[name].read(row).target, Item(())]
+    files = dict(render_all(list(dict.fromkeys(twins.values())), jobs=1))
+    with ShardWriter(root, task="T2V", source="planted") as writer:
+        for row, item in enumerate(items):
+            if row in twins:
+                item = Item.of(video=files[twins[row]])
+            writer.write(Pair(Item.of(f"row {row}"), item))
+    return sides
+
+
 def _clip(side: Side) -> Clip:
     if side.video is not None:
         return side.video.clip
@@ -80,7 +108,7 @@ def _clip(side: Side) -> Clip:
 
 
 def judge(
-    told: Told, sources: Mapping[str, Source], mined: MinedNegatives, names: Mapping[str, int]
+    told: Told, mined: MinedNegatives, names: Mapping[str, int], planted: Sequence[Side]
 ) -> dict[str, dict[str, int]]:
     """Source -> pairs, mined negatives, and how many of them are false."""
     counts: dict[str, dict[str, int]] = {}
@@ -89,25 +117,34 @@ def judge(
         for row, sample in enumerate(told.samples[name]):
             for own, other in mined(name, row):
                 tally["mined"] += 1
-                tally["false"] += told.is_right(sample.query, told.samples[own.name][other].target)
+                target = planted[other] if own.name == "planted" else told.samples[own.name][other].target
+                tally["false"] += told.is_right(sample.query, target)
         counts[name] = {key: tally[key] for key in ("pairs", "mined", "false")}
     return counts
 
 
-def by_chance(told: Told, corpus: str, sources: Mapping[str, Source], draws: int = 20) -> float:
-    """Share of false negatives among targets drawn at random (seed 0) that are not the pair's own content."""
+def by_chance(told: Told, pools: Mapping[str, Sequence[Side]], draws: int = 20) -> float:
+    """Share of false negatives among targets drawn at random (seed 0) that are not the pair's own."""
     random = np.random.default_rng(0)
-    false = total = 0
-    for name, samples in told.samples.items():
-        task = sources[name].record.task
-        pool = [name] if corpus == "own" else [n for n in told.samples if sources[n].record.task == task]
-        targets = [sample.target for own in pool for sample in told.samples[own]]
-        for sample in samples:
-            for pick in random.integers(0, len(targets), draws):
-                if targets[pick] != sample.target:
-                    total += 1
-                    false += told.is_right(sample.query, targets[pick])
-    return false / total
+    judged = [
+        told.is_right(sample.query, pool[pick])
+        for name, pool in pools.items()
+        for sample in told.samples[name]
+        for pick in random.integers(0, len(pool), draws)
+        if pool[pick] != sample.target
+    ]
+    return sum(judged) / len(judged)
+
+
+def pool_of(
+    told: Told, sources: Mapping[str, Source], corpus: str, name: str, planted: Sequence[Side]
+) -> Sequence[Side]:
+    """What is searched for a source."""
+    if corpus == "planted":
+        return planted
+    task = sources[name].record.task
+    names = [name] if corpus == "own" else [other for other in told.samples if sources[other].record.task == task]
+    return [sample.target for own in names for sample in told.samples[own]]
 
 
 def main() -> None:
@@ -127,26 +164,27 @@ def main() -> None:
         inputs = InputPolicy(sampling=Sampling.uniform(8), max_frame_tokens=9, max_length=200)
     encoder = load_encoder(arguments.prober, base=str(arguments.world / "base"), inputs=inputs, batch_tokens=4096)
     store = EmbeddingStore(None, encoder.fingerprint)
-    wanted = dict.fromkeys(told.samples, 1)
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        for corpus in ("own", "task"):
-            results.append({"corpus": corpus, "filter": "chance", "false_share": by_chance(told, corpus, sources)})
+        out, root = Path(folder) / "negatives", Path(folder) / "planted"
+        planted = plant(told, sources, root)
+        for corpus in ("own", "task", "planted"):
+            wanted = dict.fromkeys(PLANTED if corpus == "planted" else told.samples, 1)
+            chance = by_chance(told, {name: pool_of(told, sources, corpus, name, planted) for name in wanted})
+            results.append({"corpus": corpus, "filter": "chance", "false_share": chance})
+            print(f"{corpus:<8}{'chance':<20}{chance:.1%}", flush=True)
             for title, options in FILTERS.items():
-                out = Path(folder) / "negatives"
-                chosen = replace(options, corpus=corpus)
-                policy = encoder.builder.policy
-                mined = mine(sources, encoder, out, wanted, chosen, store=store, inputs=policy)
+                chosen = replace(options, corpus=str(root) if corpus == "planted" else corpus)
+                mine(sources, encoder, out, wanted, chosen, store=store, inputs=encoder.builder.policy)
                 reader = MinedNegatives()
                 reader.use(out, sources)
-                counts = judge(told, sources, reader, wanted)
+                counts = judge(told, reader, wanted, planted)
                 total = {key: sum(row[key] for row in counts.values()) for key in ("pairs", "mined", "false")}
-                row = {"corpus": corpus, "filter": title, **total, "false_share": total["false"] / total["mined"]}
-                row["positive"] = float(np.mean([summary.positive for summary in mined.sources.values()]))
-                results.append({**row, "sources": counts})
+                share = total["false"] / total["mined"] if total["mined"] else 0.0
+                results.append({"corpus": corpus, "filter": title, **total, "false_share": share, "sources": counts})
                 print(
-                    f"{corpus:<5}{title:<20}{total['mined']:>6} of {total['pairs']} pairs have one, "
-                    f"{total['false']:>5} false ({row['false_share']:.1%})",
+                    f"{corpus:<8}{title:<20}{total['mined']:>6} of {total['pairs']} pairs have one, "
+                    f"{total['false']:>5} false ({share:.1%})",
                     flush=True,
                 )
     text = json.dumps({"prober": encoder.fingerprint[:16], "results": results}, indent=1)
