@@ -305,6 +305,15 @@ def test_scores_of_an_epochs_end_weigh_the_next(shards: Path, base: str, tmp_pat
         module.set_scores(2, {"T2T": 0.0})
 
 
+def test_start_up_line_says_what_a_query_is_contrasted_with(shards: Path, base: str) -> None:
+    module = data(shards, base)
+    module.setup()
+    assert module.describe() == [
+        "negatives of a query: 3 in the batch + 0 hard (1 sources), 3 in the batch + 2 hard (1 sources), "
+        "5 in the batch + 0 hard (1 sources)"
+    ]
+
+
 def test_mixture_of_sources(shards: Path, base: str) -> None:
     module = data(shards, base, curriculum=Curriculum("uniform", unit="source", size_exponent=1.0))
     module.setup()

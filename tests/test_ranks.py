@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_embedder import Pairs, embedder, trainer
 from tiny import clips, texts
 
@@ -120,6 +121,28 @@ def test_ranks_train_as_one_process(world: int, names: tuple[str, ...], base: st
         model, (run, losses) = embedder(base, lora=LORA), trainer(tmp_path, max_epochs=2)
         run.fit(model, Shares(4, 0, 1), ckpt_path=tmp_path / "sharded.ckpt")
         assert len(losses.train) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_trains_under_fsdp2_with_gradcache(recipe: Path, tmp_path: Path) -> None:
+    """`gve fit` of the toy world on 2 ranks, base sharded and in chunks, against one process without either."""
+    curves = []
+    for ranks, words in (
+        (1, ["--model.chunk_tokens", "0"]),
+        (2, ["--model.chunk_tokens", "60", "--trainer.strategy", "gve.model.sharding.ShardedBase"]),
+    ):
+        out = tmp_path / f"ranks{ranks}"
+        command = [sys.executable, "-m", "gve", "fit", "--config", str(recipe), "--trainer.default_root_dir", str(out)]
+        command += ["--model.lora.dropout", "0", "--trainer.devices", str(ranks), *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        events = EventAccumulator(str(out / "tensorboard"), {"scalars": 0}).Reload()
+        curves.append([[e.value for e in events.Scalars(tag)] for tag in ("train/loss", "val/loss")])
+    assert len(curves[0][0]) == 12
+    for one, two in zip(*curves, strict=True):
+        assert two == pytest.approx(one, rel=2e-3)
 
 
 def validate(recipe: Path, out: Path, ranks: int) -> dict[str, Any]:

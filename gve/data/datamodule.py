@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -160,6 +161,13 @@ class PyramidDataModule(pl.LightningDataModule):
     def skipped(self) -> dict[str, int]:
         """Source -> samples that this process had to mask so far."""
         return dict(self._quarantine.skipped) if self._quarantine else {}
+
+    def describe(self) -> list[str]:
+        """Start-up self-check, one line: what a query is contrasted with."""
+        hard = self.negatives_per_pair
+        counts = Counter((planned.batch - 1, hard[planned.name]) for planned in self._planned)
+        each = [f"{others} in the batch + {own} hard ({n} sources)" for (others, own), n in sorted(counts.items())]
+        return [f"negatives of a query: {', '.join(each)}"]
 
     def setup(self, stage: str | None = None) -> None:
         """Opens and verifies the shards, splits off the dev rows and loads the tokenizer.

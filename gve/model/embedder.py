@@ -156,16 +156,15 @@ class VideoEmbedder(L.LightningModule):
 
     def describe(self) -> list[str]:
         """The backbone's lines and the input policy's."""
-        policy = self.inputs
+        policy, chunks, tile = self.inputs, self.chunk_tokens, self.contrast.tile
         return [
             *self.backbone.describe(),
             f"positions rule: {policy.positions}; pooled token is the "
             f"{'appended <|endoftext|>' if policy.append_eos else 'end of the generation prompt'}",
             f"tokens: at most {policy.max_frame_tokens} a frame before temporal merging, {policy.max_length} an input; "
             f"frames {policy.sampling}",
-            f"a step: {f'GradCache, {self.chunk_tokens} tokens at a time' if self.chunk_tokens else 'all rows at once'}, "
-            f"the loss {f'in tiles of {self.contrast.tile} columns' if self.contrast.tile else 'whole'}, "
-            f"temperature {self.contrast.temperature}",
+            f"a step: {f'GradCache, {chunks} tokens at a time' if chunks else 'all rows at once'}, the loss "
+            f"{f'in tiles of {tile} columns' if tile else 'whole'}, temperature {self.contrast.temperature}",
         ]
 
     def forward(self, batch: EmbedBatch) -> torch.Tensor:
