@@ -192,8 +192,8 @@ def parse_counts(words: Sequence[str], sources: Mapping[str, Source]) -> dict[st
 def _report(mined: Mined, as_json: bool) -> None:
     sources = {name: asdict(summary) for name, summary in mined.sources.items()}
     if as_json:
-        for row in sources.values():  # NaN is no JSON
-            row.update({key: None for key, value in row.items() if value != value})
+        for values in sources.values():  # NaN is no JSON
+            values.update({key: None for key, value in values.items() if value != value})
         print(json.dumps({"file": str(mined.path), "digest": mined.digest, "sources": sources}))
         return
     columns = ("rows", "unreadable", "corpus", "per pair", "with enough", "positive", "negative", "filtered")
