@@ -130,7 +130,7 @@ def test_the_command_trains_under_fsdp2_with_gradcache(recipe: Path, tmp_path: P
     curves = []
     for ranks, words in (
         (1, ["--model.chunk_tokens", "0"]),
-        (2, ["--model.chunk_tokens", "60", "--trainer.strategy", "gve.model.sharding.ShardedBase"]),
+        (2, ["--model.chunk_tokens", "60", "--trainer.strategy", '{"class_path": "gve.model.sharding.ShardedBase"}']),
     ):
         out = tmp_path / f"ranks{ranks}"
         command = [sys.executable, "-m", "gve", "fit", "--config", str(recipe), "--trainer.default_root_dir", str(out)]

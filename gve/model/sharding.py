@@ -32,7 +32,7 @@ def shard(backbone: Backbone, mesh: DeviceMesh) -> None:
 
 
 class ShardedBase(ModelParallelStrategy):
-    """The strategy for a base that does not fit on one GPU: `trainer.strategy: gve.model.sharding.ShardedBase`.
+    """The strategy for a base that does not fit beside the activations (configs/trainer/fsdp2.yaml).
 
     Args:
         process_group_backend: nccl, gloo, or by the device when None.
