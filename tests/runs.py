@@ -19,6 +19,7 @@ import lightning.pytorch as L
 from gve.callbacks import checkpoint as checkpoints
 from gve.cli import main
 from gve.data.datamodule import PyramidDataModule
+from gve.data.sources import Source
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["gve.lightning_cli", "gve.model.embedder", "tensorboard"])
@@ -75,6 +76,7 @@ def _run(words: list[str], log: str, env: dict[str, str]) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["gve", *words]
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     main(words)
 
 
@@ -138,3 +140,31 @@ class Fault(L.Callback):
 
     def on_validation_batch_start(self, *rest: Any) -> None:
         self.strike("validation")
+
+
+class Damage(L.Callback):
+    """What a disk and a decoder do to a run, by GVE_DAMAGE, JSON.
+
+    `cut`: [file, bytes]: the shard is cut off as training begins. `abort`: the worker that reads this sample dies of
+    SIGABRT, every time, as in a decoder's failed assertion. `kill`: [sample, file]: it is killed -9 once.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.damage = json.loads(os.environ["GVE_DAMAGE"])
+        read = Source.read
+
+        def dying(source: Source, row: int) -> Any:
+            key = source.key(row)
+            if key == self.damage.get("abort"):
+                os.kill(os.getpid(), signal.SIGABRT)
+            sample, marker = self.damage.get("kill", ("", ""))
+            if key == sample and not Path(marker).exists():
+                Path(marker).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(source, row)
+
+        Source.read = dying  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "cut" in self.damage:
+            os.truncate(*self.damage["cut"])

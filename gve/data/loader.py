@@ -30,6 +30,8 @@ from gve.video import Sampling, frame_indices
 
 log = logging.getLogger(__name__)
 
+_LOSSES = 4  # of workers at one sample; after two it is masked, the rest is for a machine in trouble
+
 PADDING_ROW = -1
 """Row number that stands for no row: dev batches are filled up with it, so that all ranks see equal shapes."""
 
@@ -375,6 +377,7 @@ class StepLoader:
 
         Raises:
             Exception: the error, when no worker died inside a sample.
+            ShardError: workers die at a sample that is not read any more, so for another reason.
         """
         places: list[list[int]] = []
         deadline = time.monotonic() + 2.0  # a broken connection may be seen before the death behind it
@@ -390,6 +393,8 @@ class StepLoader:
             rows = steps.rows(at, self._rank, self._world)
             key = self._build.sources[rows.source].key(row)
             lost[key] += 1
+            if lost[key] > _LOSSES:
+                raise ShardError(f"{lost[key]} loader workers were lost at {key}, although it is masked") from error
             log.warning("a loader worker was lost at sample %s; it is started again", key)
             if lost[key] > 1:
                 self._build.quarantine.add(key, rows.epoch, at, "a loader worker was lost at it twice")
