@@ -37,9 +37,16 @@ MUTANTS = (
     Mutant(
         "gather detached",
         "gve/model/infonce.py",
-        "        dist.reduce_scatter_single(own, gradient.contiguous())\n        return own",
-        "        return own.zero_()",
+        "            dist.reduce_scatter_single(own, gradient.contiguous())\n        return own",
+        "            own.zero_()\n        return own",
         ("tests/test_infonce.py",),
+    ),
+    Mutant(
+        "dropout not replayed",
+        "gve/model/gradcache.py",
+        "        torch.manual_seed(seed + number)\n        rows = embed(chunk.batch)",
+        "        rows = embed(chunk.batch)",
+        ("tests/test_gradcache.py",),
     ),
     Mutant(
         "o_proj in LoRA",
@@ -79,8 +86,8 @@ MUTANTS = (
     Mutant(
         "duplicate mask off",
         "gve/model/infonce.py",
-        "    return readable & ~(own[:, None, :2] == columns[None, :, :2]).any(-1)",
-        "    return readable",
+        "others = others & ~(own[:, None, :2] == column_ids[None, :, :2]).any(-1)",
+        "others = others & True",
         ("tests/test_infonce.py",),
     ),
     Mutant(
