@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as L
 
-from gve.callbacks import checkpoint as checkpoints
 from gve.cli import main
 from gve.data.datamodule import PyramidDataModule
 from gve.data.sources import Source
@@ -33,11 +33,10 @@ def start(words: Sequence[Any], log: Path, *, ranks: int = 1, env: dict[str, str
             free.bind(("127.0.0.1", 0))
             shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         words = [*words, "--trainer.devices", ranks, "--trainer.strategy", "ddp"]
-    processes = []
+    processes: list[BaseProcess] = []
     for rank in range(ranks):
         own = {**shared, "LOCAL_RANK": str(rank), "NODE_RANK": "0"} if ranks > 1 else shared
-        target = (_run, ([str(word) for word in words], f"{log}.{rank}", own))
-        processes.append(_FORKS.Process(target=target[0], args=target[1]))
+        processes.append(_FORKS.Process(target=_run, args=([str(word) for word in words], f"{log}.{rank}", own)))
         processes[-1].start()
     return processes
 
@@ -83,9 +82,9 @@ def _run(words: list[str], log: str, env: dict[str, str]) -> None:
 class Fault(L.Callback):
     """Once in a run folder, something happens to one rank: GVE_FAULT = "<place>:<step>:<rank>:<signal>".
 
-    Places: "start", "backward", "stepped", "end" of the step (counted over the run, from 0); "probe": as the scores of
-    an epoch have been measured; "write": when a checkpoint is half on the disk; "rename": when the old one has been
-    renamed and the new one not yet; "validation".
+    Places: "start" of a step (counted over the run, from 0), behind its "forward" or "backward" pass; "validation";
+    "probe": as the scores of an epoch have been measured; "write": when a checkpoint is half on the disk; "rename": when
+    the old one has been renamed and the new one not yet.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -114,8 +113,12 @@ class Fault(L.Callback):
             self.strike("probe")
             set_scores(data, epoch, scores)
 
-        checkpoints.os.fsync, checkpoints.os.replace = half, between  # type: ignore[attr-defined]
-        PyramidDataModule.set_scores = scored  # type: ignore[method-assign]
+        for place, name, stand_in in (
+            (os, "fsync", half),
+            (os, "replace", between),
+            (PyramidDataModule, "set_scores", scored),
+        ):
+            mock.patch.object(place, name, stand_in).start()
 
     def due(self, place: str) -> bool:
         return self.armed and place == self.place and self.trainer.global_step >= self.step
@@ -133,10 +136,7 @@ class Fault(L.Callback):
         self.strike("backward")
 
     def on_before_zero_grad(self, *rest: Any) -> None:
-        self.strike("stepped")
-
-    def on_train_batch_end(self, *rest: Any) -> None:
-        self.strike("end")
+        self.strike("forward")
 
     def on_validation_batch_start(self, *rest: Any) -> None:
         self.strike("validation")
@@ -153,7 +153,7 @@ class Damage(L.Callback):
         self.damage = json.loads(os.environ["GVE_DAMAGE"])
         read = Source.read
 
-        def dying(source: Source, row: int) -> Any:
+        def dying(source: Source, row: int, **options: Any) -> Any:
             key = source.key(row)
             if key == self.damage.get("abort"):
                 os.kill(os.getpid(), signal.SIGABRT)
@@ -161,9 +161,9 @@ class Damage(L.Callback):
             if key == sample and not Path(marker).exists():
                 Path(marker).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return read(source, row)
+            return read(source, row, **options)
 
-        Source.read = dying  # type: ignore[method-assign]
+        mock.patch.object(Source, "read", dying).start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "cut" in self.damage:

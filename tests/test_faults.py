@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import runs
 from gve.cli import main
@@ -138,5 +139,5 @@ def test_workers_that_die_for_no_samples_sake_end_the_run(toy_world: Path, tmp_p
     for losses in range(1, 5):
         loader._bury(plan, RuntimeError("lost"), lost)
         assert (tmp_path / "quarantine-0.jsonl").exists() == (losses >= 2)
-    with pytest.raises(ShardError, match="5 loader workers were lost at toy_.*, although it is masked"):
+    with pytest.raises(ShardError, match=r"5 loader workers were lost at toy_.*, although it is masked"):
         loader._bury(plan, RuntimeError("lost"), lost)

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import numpy as np
@@ -23,7 +23,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 import runs
 from gve.callbacks import PREEMPTED, AtomicCheckpointIO, RunCheckpoints, newest_checkpoint, require_checkpoint
-from gve.data.loader import Quarantine, StepLoader
+from gve.data.loader import Quarantine, StepBuilder, StepLoader
 from gve.data.plan import EpochPlan, PlannedSource, PlanState
 from gve.items import InputError
 
@@ -54,7 +54,7 @@ FAULTS = [
     [("write:4:0:SIGKILL", 2, 2), ("probe:6:0:SIGKILL", 0, 5), ("start:8:0:SIGTERM", 3, 9)],
     [
         ("backward:1:0:SIGKILL", 3, 0),
-        ("stepped:3:0:SIGKILL", 0, 2),
+        ("forward:3:0:SIGKILL", 0, 2),
         ("validation:6:0:SIGKILL", 2, 5),
         ("rename:8:0:SIGKILL", 0, 8),  # "last" has been renamed and "new" not yet: it is taken
         ("start:11:0:SIGUSR1", 0, 11),  # in an epoch's last step nothing is saved: it is repeated
@@ -298,12 +298,8 @@ def test_a_resume_at_step_100_000_takes_seconds_and_reads_nothing_again(
     build = Counting(tmp_path)
     monkeypatch.setattr(Quarantine, "account", lambda *_: None)
     began = time.perf_counter()
-    loader = StepLoader(
-        lambda: far_plan(PlanState.from_dict(json.loads(text))),
-        build,
-        120_000,
-        num_workers=0,  # type: ignore[arg-type]
-    )
+    again = PlanState.from_dict(json.loads(text))
+    loader = StepLoader(lambda: far_plan(again), cast(StepBuilder, build), 120_000, num_workers=0)
     stream: Iterator[Any] = iter(loader)
     first = [next(stream) for _ in range(3)]
     seconds = time.perf_counter() - began
