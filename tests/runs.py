@@ -83,8 +83,8 @@ class Fault(L.Callback):
     """Once in a run folder, something happens to one rank: GVE_FAULT = "<place>:<step>:<rank>:<signal>".
 
     Places: "start" of a step (counted over the run, from 0), behind its "forward" or "backward" pass; "validation";
-    "probe": as the scores of an epoch have been measured; "write": when a checkpoint is half on the disk; "rename": when
-    the old one has been renamed and the new one not yet.
+    "probe": as the scores of an epoch have been measured; "write": when a checkpoint is half on the disk; "rename":
+    when the old one has been renamed and the new one not yet.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
