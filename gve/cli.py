@@ -1,7 +1,8 @@
 """The command line: `python -m gve COMMAND` or `gve COMMAND`. It dispatches and holds no logic.
 
 The command's module is imported only after the command is known, so `gve --help` needs neither torch nor Lightning.
-Exit codes: 0 done, 1 the work failed, 2 the input cannot be used (one line on stderr says what and how to mend it).
+Exit codes: 0 done, 1 the work failed, 2 the input cannot be used (one line on stderr says what and how to mend it), 85
+`fit` was asked to stop (SIGTERM, SIGUSR1) and has saved its state: the same command with `--ckpt_path auto` goes on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def overview() -> str:
         "",
     ]
     commands = [f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items()]
-    foot = ["", "`gve COMMAND --help` explains one of them. Exit codes: 0 done, 1 work failed, 2 bad input."]
+    foot = ["", "`gve COMMAND --help` explains one of them. Exit codes: 0 done, 1 work failed, 2 bad input, 85 stopped by a signal."]
     return "\n".join(head + commands + foot)
 
 

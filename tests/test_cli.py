@@ -85,7 +85,7 @@ def test_commands_and_their_help(capsys: pytest.CaptureFixture[str], refuse: Ref
     assert max(map(len, text.splitlines())) <= 120
     line = refuse("trian")
     assert "'trian'" in line
-    assert "fit, validate, test, predict, toy, shards" in line
+    assert "fit, validate, test, predict, plan, toy, shards" in line
 
 
 def test_help_of_fit_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
