@@ -42,7 +42,7 @@ def overview() -> str:
         "",
     ]
     commands = [f"  {name:<10}{line}" for name, (_, line) in COMMANDS.items()]
-    codes = "Exit codes: 0 done, 1 work failed, 2 bad input, 85 stopped by a signal, saved."
+    codes = "Exit codes: 0 done, 1 work failed, 2 bad input, 85 stopped, saved."
     foot = ["", f"`gve COMMAND --help` explains one of them. {codes}"]
     return "\n".join(head + commands + foot)
 
