@@ -27,7 +27,7 @@ COMMANDS = {
         "gve.plan_report.plan_cli",
         "steps, passes, tokens, memory, disk and GPU-hours of a recipe, without a GPU",
     ),
-    "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show)"),
+    "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show, base)"),
     "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
 }
