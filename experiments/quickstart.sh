@@ -26,7 +26,7 @@ step "fit"
 if [ -f "$out/checkpoints/best.ckpt" ] && [ -f "$out/fit.done" ]; then
   echo "reusing $out/checkpoints/best.ckpt"
 else
-  python -m gve fit "${settings[@]}"
+  python -m gve fit "${settings[@]}" --ckpt_path auto # goes on where an interrupted run has stopped
   touch "$out/fit.done"
   rm -f "$out/uvrb.json"
 fi
