@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import END, IMAGE, PAD, START, VIDEO
 
 from gve.items import EmbedBatch, InputError
 from gve.model.backbone import ARCHITECTURES, Backbone, Lora
+from tiny import END, IMAGE, PAD, START, VIDEO
 
 # Rows of one batch: numbers are text tokens, ("image" or "video", key, (t, h, w) in patches) a picture.
 CAT, DOG, CLIP = ("image", "cat", (1, 4, 6)), ("image", "dog", (1, 6, 4)), ("video", "clip", (2, 4, 4))

@@ -11,13 +11,13 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from tiny import clips, texts, write_tiny_base
 
 from gve.inputs import InputPolicy
 from gve.items import EmbedBatch, InputError, TrainBatch
 from gve.model.backbone import Lora
 from gve.model.embedder import Optimizer, VideoEmbedder
 from gve.model.infonce import Contrast
+from tiny import clips, texts, write_tiny_base
 
 
 class Pairs(L.LightningDataModule):

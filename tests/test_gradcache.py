@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import clips, texts
 
 from gve.inputs import InputBuilder, InputPolicy
 from gve.items import EmbedBatch, Frames, InputError, Item, TrainBatch
@@ -25,6 +24,7 @@ from gve.model.gradcache import chunks_of, take
 from gve.model.infonce import InfoNCE
 from gve.toy.base import write_base
 from gve.video import Sampling
+from tiny import clips, texts
 
 ROOT = Path(__file__).resolve().parent.parent
 Gradients = dict[str, torch.Tensor]

@@ -17,13 +17,13 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_embedder import Pairs, embedder, trainer
-from tiny import clips, texts
 
 from gve.items import TrainBatch
 from gve.model.backbone import Lora
 from gve.model.embedder import Optimizer
 from gve.model.sharding import ShardedBase
+from test_embedder import Pairs, embedder, trainer
+from tiny import clips, texts
 
 ROOT = Path(__file__).resolve().parent.parent
 

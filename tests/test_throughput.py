@@ -10,13 +10,13 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from test_embedder import Pairs, embedder
 from torch.utils.data import DataLoader, Dataset
 
 from gve.callbacks import Throughput
 from gve.items import TrainBatch
 from gve.model.backbone import Lora
 from gve.model.clock import CLOCK, PhaseClock
+from test_embedder import Pairs, embedder
 
 
 def test_phases_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
