@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gve.data.loader import thin
+from gve.data.loader import thinned
 from gve.data.negatives import NONE, NegativesHeader, digest_of_sources, write_negatives
 from gve.data.shards import QUERY, TARGET
 from gve.data.sources import Source, open_sources
@@ -256,9 +256,8 @@ class _Side(Sequence[Item]):
     def __getitem__(self, place: Any) -> Any:
         pair = self._source.read(self._rows[place], pixels=self._pixels)
         item: Item = getattr(pair, self._side)
-        presample = self._source.record.presample
-        if self._pixels and presample and self._inputs and presample.sampling != self._inputs.sampling:
-            return thin(item, self._inputs.sampling)
+        if self._pixels and self._inputs:
+            return thinned(self._source, item, self._inputs.sampling)
         return item
 
 

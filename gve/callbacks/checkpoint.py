@@ -7,7 +7,6 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import lightning.pytorch as L
@@ -17,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from gve.callbacks.preemption import Preempted, StopSignals
+from gve.encode.pretrained import read_checkpoint
 from gve.items import InputError
 
 NEWEST_FIRST = ("new", "last", "previous", "best")
@@ -218,17 +218,15 @@ def require_checkpoint(path: str | Path) -> None:
         open(path, "rb").close()
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read ({error.strerror}): check --ckpt_path") from None
+    read_checkpoint(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         # torch reads past a wrong checksum: a hurt file would give other weights, not an error.
         with zipfile.ZipFile(path) as archive:
             hurt = archive.testzip()
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile):
         raise InputError(f"{path} is no checkpoint that can be loaded as plain tensors: give one of gve fit") from None
     if hurt is not None:
         raise InputError(f"checkpoint {path} is damaged: the checksum of {hurt} is wrong")
-    if not isinstance(checkpoint, dict) or "gve" not in checkpoint:
-        raise InputError(f"checkpoint {path} was not written by gve: it names no base and no input policy")
 
 
 def _replace(source: Path, target: Path) -> None:

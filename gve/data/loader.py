@@ -223,10 +223,7 @@ class StepBuilder:
         return self._thinned(source, source.read(row).target)
 
     def _thinned(self, source: Source, item: Item) -> Item:
-        """An item of a source with the frames that the policy asks for."""
-        sampling = self.builder.policy.sampling
-        presample = source.record.presample
-        return item if presample is None or presample.sampling == sampling else thin(item, sampling)
+        return thinned(source, item, self.builder.policy.sampling)
 
 
 def _is_in(row: int, rows: Sequence[int] | np.ndarray) -> bool:
@@ -237,6 +234,12 @@ def _is_in(row: int, rows: Sequence[int] | np.ndarray) -> bool:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+def thinned(source: Source, item: Item, sampling: Sampling) -> Item:
+    """An item of a source with the frames that a run asks for; the source may store more."""
+    presample = source.record.presample
+    return item if presample is None or presample.sampling == sampling else thin(item, sampling)
 
 
 def thin(item: Item, sampling: Sampling) -> Item:

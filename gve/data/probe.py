@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from torch.utils.data import Dataset
 
-from gve.data.loader import thin
+from gve.data.loader import thinned
 from gve.data.plan import PlannedSource, permutation
 from gve.data.sources import Source
-from gve.items import Item, Pair
+from gve.items import Pair
 from gve.video import Sampling
 
 
@@ -38,13 +38,8 @@ class ProbePairs(Dataset[Pair]):
         """
         source, row = self._rows[number]
         pair = source.read(row)
-        presample = source.record.presample
-        fits = presample is None or presample.sampling == self._sampling
-
-        def shown(item: Item) -> Item:
-            return item if fits else thin(item, self._sampling)
-
-        return replace(pair, query=shown(pair.query), target=shown(pair.target), negatives=())
+        query, target = (thinned(source, item, self._sampling) for item in (pair.query, pair.target))
+        return replace(pair, query=query, target=target, negatives=())
 
     @property
     def keys(self) -> list[str]:

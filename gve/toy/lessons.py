@@ -18,7 +18,6 @@ from gve.toy.forms import Fact, Form, Noun
 from gve.toy.scenes import CAMERA_MOVES, DIRECTIONS, SIZES, STILL_CAMERA, Scene, Thing
 
 COUNTS = ("no", "one", "two", "three", "four", "five")
-ROWS = tuple((column, row) for row in range(3) for column in range(3))
 ORDINALS = ("first", "second", "third", "fourth")
 
 
@@ -124,7 +123,7 @@ def still_turns(scene: Scene, teller: Teller) -> Iterator[Turn]:
                 yield Turn(
                     "relation", question, d.relations[kind], Form((_name(one), _name(other)), (Fact(kind, who=(0, 1)),))
                 )
-    words = [d.noun(_name(t) | Noun("", "", t.size)) if (t := by_place.get(place)) else "nothing" for place in ROWS]
+    words = [d.noun(_name(t) | Noun("", "", t.size)) if (t := by_place.get(place)) else "nothing" for place in CELLS]
     nouns = tuple(_name(thing) | Noun("", "", thing.size) for thing in scene.things)
     at_all = tuple(Fact("at", thing.place, (i,)) for i, thing in enumerate(scene.things))
     yield Turn("list", "What is in each place, row by row?", ", ".join(words), Form(nouns, at_all))
