@@ -15,6 +15,11 @@ esac
 # shellcheck source=experiments/environment.sh
 source experiments/environment.sh tests/requirements.txt
 
+# Pages are opened in a real browser where one can be had; their tests skip with the reason elsewhere.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+  (apt-get update -q && apt-get install -q -y chromium) >/dev/null 2>&1 || echo "chromium could not be installed" >&2
+fi
+
 # Two processes on two cores: more threads in each only wait for each other.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 ruff check .

@@ -25,6 +25,7 @@ TABLE = {
     "data": {"items", "video", "inputs"},
     "eval": {"items", "video", "inputs", "model", "encode"},
     "callbacks": {"items", "video", "inputs", "model", "encode", "eval", "mining"},
+    "uvrb_cli": {"items", "video", "inputs", "encode", "eval"},
     "toy": {"items", "video", "inputs", "model", "data.shards", "eval", "encode"},
     "mining": {"items", "inputs", "data", "encode"},
     "mining_cli": {"items", "video", "inputs", "data", "encode", "mining"},
@@ -37,7 +38,11 @@ TABLE = {
 HOMES = {
     "decord": {"video"},
     "webdataset": {"data"},
-    "transformers": {"model", "inputs", "toy"},
+    "transformers": {"model", "inputs", "toy", "encode"},
+    "sentence_transformers": {"encode"},
+    "mteb": {"eval"},
+    "jinja2": {"eval"},
+    "pyarrow": {"eval", "data"},
     "peft": {"model"},
     "torchvision": set(),
 }

@@ -1,0 +1,33 @@
+"""`gve uvrb list | prepare | check | run | compare | report`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+MODULES = ("data", "run", "report")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one of the commands.
+
+    Args:
+        argv: the words after `gve uvrb`.
+
+    Returns:
+        0 done, 1 the work failed or a set is incomplete, 2 the input cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gve uvrb", description="UVRB: 16 sets of universal video retrieval, 9 abilities, for any embedder."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in MODULES:
+        importlib.import_module(f"gve.uvrb_cli.{module}").add_parsers(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.handler(arguments)
+    except OSError as error:
+        print(f"gve uvrb {arguments.command}: failed: {error}", file=sys.stderr)
+        return 1
