@@ -14,7 +14,8 @@ import pytest
 from gve.encode.encoder import Encoded, Transform, item_key
 from gve.eval.ablation import PixelAblation, ablated_queries, check_ablations, concerns, pixels_of
 from gve.eval.evaluation import evaluate
-from gve.eval.report import Results, radar, report, write_report
+from gve.eval.report import radar, report, write_report
+from gve.eval.results import Results, read_results
 from gve.eval.uvrb import (
     ABILITIES,
     ABILITY_PARTS,
@@ -366,6 +367,18 @@ def test_results_files(tmp_path: Path, sets: list[RetrievalSet]) -> None:
         assert arrays["CMRB/queries"].tolist() == [f"q{row}" for row in range(Q)]
         assert arrays["MS-TI/model/nearest"].shape == (Q, 10)
         assert arrays["CRB-S/untrained/tied"].tolist() == [C] * Q
+    saved = read_results(tmp_path)
+    assert saved.data == data
+    assert list(saved.sets) == list(saved.untrained) == [record.name for record in SETS]
+    score = saved.sets["CRB-G"]
+    assert [rows.tolist() for rows in score.positives[:2]] == [[0, 1], [1]]
+    assert score.corpus[score.nearest[5, 0]] == "v5"
+    np.testing.assert_array_equal(score.similarities, trained["CRB-G"].similarities)
+    assert saved.untrained["CRB-G"].hits.mean() == pytest.approx(1 / 15)
+    data["sets"]["CRB-G"]["value"] = 0.5  # positions of another run are never read as this one's
+    (tmp_path / "uvrb.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="CRB-G has other queries or another value"):
+        read_results(tmp_path)
 
 
 def test_radar_draws_nine_abilities(sets: list[RetrievalSet]) -> None:

@@ -20,7 +20,8 @@ from gve.encode.encoder import BackboneEncoder
 from gve.encode.store import EmbeddingStore
 from gve.eval.ablation import check_ablations
 from gve.eval.evaluation import Scores, evaluate
-from gve.eval.report import Results, ability_table, radar, write_json, write_report
+from gve.eval.report import ability_table, radar, write_report
+from gve.eval.results import Results, write_json
 from gve.eval.uvrb import RetrievalSet, UVRBReader, find_record
 from gve.inputs import InputBuilder, InputPolicy
 from gve.items import InputError

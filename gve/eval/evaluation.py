@@ -66,8 +66,17 @@ class SetScore:
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """[Q] int64: queries that share their first positive share a number."""
-        return np.array([rows[0] if rows else -1 - query for query, rows in enumerate(self.tested.positives)])
+        """[Q] int64: queries that share their first positive share a number.
+
+        The first by length of id and id (v9 before v10), so that the order of the listing is nothing.
+        """
+        names = [item.id for item in self.tested.corpus]
+        numbers: dict[object, int] = {}
+        keys: list[object] = [
+            min((len(names[row]), names[row]) for row in rows) if rows else query
+            for query, rows in enumerate(self.tested.positives)
+        ]
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
     def replicates(self, resamples: int) -> np.ndarray:
         """[resamples] bootstrap means."""

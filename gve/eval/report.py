@@ -1,14 +1,10 @@
-"""What an evaluation leaves behind: uvrb.json, report.md, radar.png, the positions of every query, a terminal table."""
+"""What an evaluation leaves behind for people: report.md, radar.png, a terminal table; and all its files at once."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,165 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from rich.table import Table
 
-import gve
-from gve.eval.evaluation import Scores, SetScore
-from gve.eval.statistics import holm, interval, p_value
-from gve.eval.uvrb import ABILITIES, AVERAGES, SETS, ability_scores, published_scores
+from gve.eval.results import Results, write_json, write_positions, write_whole
+from gve.eval.uvrb import ABILITIES, AVERAGES, SETS, published_scores
 
 TIE_ALARM = 0.001  # optimistic minus pessimistic: above it, ties (a collapsed model?) carry the score
 PUBLISHED_SHOWN = ("GVE-3B", "GVE-7B")
-
-
-@dataclass(frozen=True, eq=False)
-class Results:
-    """One evaluation.
-
-    Args:
-        scores: set -> score of the model.
-        untrained: set -> score of the base with its adapters off; empty if it was not run.
-        ablations: ablation -> set -> score of the model under it.
-        inputs: the evaluation's input policy, as plain values.
-        weights_hash: of the model.
-        untrained_weights_hash: of the base.
-        step: optimizer steps the model was trained for.
-        resamples: bootstrap replicates behind every interval.
-    """
-
-    scores: Scores
-    untrained: Scores = field(default_factory=dict)
-    ablations: Mapping[str, Scores] = field(default_factory=dict)
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    weights_hash: str = ""
-    untrained_weights_hash: str = ""
-    step: int = 0
-    resamples: int = 10000
-
-    @property
-    def abilities(self) -> dict[str, float | None]:
-        """The nine abilities and two averages; None where a set is missing or incomplete."""
-        return _abilities(self.scores, lambda score: score.value)
-
-    @property
-    def chance(self) -> dict[str, float | None]:
-        """Abilities of a random order."""
-        return _abilities(self.scores, lambda score: score.chance)
-
-    def metrics(self) -> dict[str, float]:
-        """TensorBoard tag -> value: `uvrb/<set>/<metric>`, `uvrb/ability/<name>`; none for what lacks a set."""
-        tags = {f"uvrb/{name}/{score.tested.record.metric}": score.value for name, score in self.scores.items()}
-        return tags | {f"uvrb/ability/{name}": value for name, value in self.abilities.items() if value is not None}
-
-    @cached_property
-    def data(self) -> dict[str, Any]:
-        """The content of uvrb.json, plain values."""
-        protocol = {
-            "inputs": dict(self.inputs),
-            "sets": {
-                name: [score.tested.data_hash, len(score.tested.queries), score.tested.record.instruction]
-                for name, score in self.scores.items()
-            },
-        }
-        rows = self._rows(self.scores)
-        for name, row in rows.items():
-            facts = self.scores[name].tested.facts
-            row["ceilings"] = dict(facts.get("ceilings", {}))
-            row["ablations"] = {kind: scores[name].value for kind, scores in self.ablations.items() if name in scores}
-        out: dict[str, Any] = {
-            "version": gve.__version__,
-            "protocol": {"hash": _digest(protocol), **protocol},
-            "weights": self.weights_hash,
-            "step": self.step,
-            "sets": rows,
-            **self._ability_rows(self.scores),
-        }
-        if self.untrained:
-            out["untrained"] = {
-                "weights": self.untrained_weights_hash,
-                "sets": self._rows(self.untrained),
-                **self._ability_rows(self.untrained),
-            }
-            out["gains"] = self._gains()
-        return out
-
-    def _rows(self, scores: Scores) -> dict[str, dict[str, Any]]:
-        return {
-            name: {
-                "metric": score.tested.record.metric,
-                "value": score.value,
-                "interval": list(score.interval(self.resamples)),
-                "optimistic": score.optimistic,
-                "pessimistic": score.pessimistic,
-                "chance": score.chance,
-                "n_query": len(score.tested.queries),
-                "n_corpus": len(score.tested.corpus),
-                "n_candidates": len(score.tested.pools[0]) if score.tested.pools else len(score.tested.corpus),
-                "complete": score.complete,
-                "missing": [f"{item}: {reason}" for item, reason in sorted(score.unread.items())],
-                "notes": list(score.tested.notes),
-            }
-            for name, score in scores.items()
-        }
-
-    def _ability_rows(self, scores: Scores) -> dict[str, Any]:
-        replicates = _abilities(scores, lambda score: score.replicates(self.resamples))
-        intervals = {name: None if values is None else list(interval(values)) for name, values in replicates.items()}
-        collapsed = [name for name, own in intervals.items() if own is not None and own[0] == own[1]]
-        if collapsed:
-            # No query or every query hit: all replicates are equal. The mean of the sets' exact bounds is wider than
-            # the interval of the mean, and no lie. Each bound costs a bootstrap, so only where it is needed.
-            bounds = {name: score.interval(self.resamples) for name, score in scores.items()}
-            low = _abilities(scores, lambda score: bounds[score.tested.record.name][0])
-            high = _abilities(scores, lambda score: bounds[score.tested.record.name][1])
-            intervals |= {name: [low[name], high[name]] for name in collapsed}
-        return {
-            "abilities": _abilities(scores, lambda score: score.value),
-            "ability_intervals": intervals,
-            "ability_chance": _abilities(scores, lambda score: score.chance),
-        }
-
-    def _gains(self) -> dict[str, Any]:
-        """Trained minus untrained, paired by query: value, 95% interval and, for sets, Holm-adjusted p."""
-        shared = [name for name in self.scores if name in self.untrained]
-        draws = {name: self.scores[name].difference(self.untrained[name], self.resamples) for name in shared}
-        adjusted = holm({name: p_value(draw) for name, draw in draws.items()})
-        complete = {name: draw for name, draw in draws.items() if self.scores[name].complete}
-        before = _abilities(self.untrained, lambda score: score.value)
-        gains = {}
-        for name, draw in ability_scores(complete).items():
-            now, then = self.abilities[name], before[name]
-            if draw is not None and now is not None and then is not None:
-                gains[name] = {"value": now - then, "interval": list(interval(draw))}
-        return {
-            "sets": {
-                name: {
-                    "value": self.scores[name].value - self.untrained[name].value,
-                    "interval": list(interval(draws[name])),
-                    "p_holm": adjusted[name],
-                }
-                for name in shared
-            },
-            "abilities": gains,
-        }
-
-
-def _abilities(scores: Scores, what: Callable[[SetScore], Any]) -> dict[str, Any]:
-    return ability_scores({name: what(score) for name, score in scores.items() if score.complete})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)
-
-
-def write_json(path: Path, results: Results) -> None:
-    """Writes the results' JSON; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, (json.dumps(results.data, indent=1) + "\n").encode())
 
 
 def write_report(folder: Path, results: Results) -> None:
@@ -184,33 +26,9 @@ def write_report(folder: Path, results: Results) -> None:
     draft = folder / "radar.tmp.png"
     radar(results.data).savefig(draft, dpi=160)
     os.replace(draft, folder / "radar.png")
-    _write_positions(folder / "uvrb_positions.npz", results)
-    _write(folder / "report.md", report(results).encode())
+    write_positions(folder, results)
+    write_whole(folder / "report.md", report(results).encode())
     write_json(folder / "uvrb.json", results)
-
-
-def _write_positions(path: Path, results: Results) -> None:
-    """Per query: score, counts above and level, and the nearest ten; arrays only, read it with allow_pickle off.
-
-    Keys are `<set>/<model>/<array>`; `<set>/queries` and `<set>/corpus` hold the ids.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    for model, scores in (("model", results.scores), ("untrained", results.untrained)):
-        for name, score in scores.items():
-            arrays[f"{name}/queries"] = np.array([item.id for item in score.tested.queries])
-            arrays[f"{name}/corpus"] = np.array([item.id for item in score.tested.corpus])
-            own = {
-                "hits": score.hits,
-                "greater": score.counts.greater,
-                "tied": score.counts.tied,
-                "tied_positives": score.counts.tied_positives,
-                "nearest": score.nearest,
-                "similarities": score.similarities,
-            }
-            arrays |= {f"{name}/{model}/{key}": value for key, value in own.items()}
-    draft = path.with_suffix(".tmp.npz")
-    np.savez_compressed(draft, allow_pickle=False, **arrays)
-    os.replace(draft, path)
 
 
 def _number(value: float | None) -> str:
@@ -246,7 +64,7 @@ def report(results: Results) -> str:
         "",
         "## Sets",
         "",
-        *_markdown(*_set_table(data)),
+        *_markdown(*_set_table(results, data)),
         *_ablation_section(results, data),
     ]
     return "\n".join(lines)
@@ -290,14 +108,19 @@ def _ability_table(results: Results, data: Mapping[str, Any]) -> tuple[list[str]
     return head + list(published), rows
 
 
-def _set_table(data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _set_table(results: Results, data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["set", "queries", "corpus", "metric", "trained"]
     head += ["untrained", "p (Holm)"] if "untrained" in data else []
-    labels = {record.name: record.metric_label for record in SETS}
     rows = []
     for name, row in data["sets"].items():
         size = f"{row['n_corpus']}" if row["n_candidates"] == row["n_corpus"] else f"{row['n_candidates']} a query"
-        line = [name, str(row["n_query"]), size, labels[name], _with_interval(row["value"], row["interval"])]
+        line = [
+            name,
+            str(row["n_query"]),
+            size,
+            results.scores[name].tested.record.metric_label,
+            _with_interval(row["value"], row["interval"]),
+        ]
         if "untrained" in data:
             before = data["untrained"]["sets"][name]
             line.append(_with_interval(before["value"], before["interval"]))

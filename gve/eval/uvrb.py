@@ -308,7 +308,7 @@ class RetrievalSet:
         facts: what the set's own set.json states: `chance`, `ceilings`, ...; empty for released data.
         missing: media files that are not on disk.
         notes: deviations from the paper's protocol, one sentence each.
-        data_hash: hex SHA-256 of the three listings.
+        data_hash: hex SHA-256 of the three listings, whatever the order of their rows.
     """
 
     record: SetRecord
@@ -442,7 +442,8 @@ def _rows(path: Path, digest: Any) -> list[dict[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    digest.update(content)
+    # Sorted: the order of a listing is no part of the data, and a hash that held it would tell equal scores apart.
+    digest.update(b"\n".join([path.name.encode(), *sorted(content.splitlines())]))
     rows = []
     for number, line in enumerate(content.decode("utf-8-sig").splitlines(), 1):
         if not line.strip():
