@@ -21,6 +21,7 @@ from gve.data.mixture import mixture
 from gve.data.plan import hold_out
 from gve.data.shards import QUERY
 from gve.data.sources import Source, open_sources
+from gve.encode.encoder import Execution
 from gve.encode.pretrained import load_encoder, read_checkpoint
 from gve.encode.store import EmbeddingStore
 from gve.inputs import InputPolicy
@@ -131,11 +132,9 @@ def _mine(arguments: argparse.Namespace, device: str) -> Mined:
         arguments.checkpoint or arguments.base,
         base=arguments.base,
         inputs=inputs,
-        dtype=arguments.dtype,
-        attention=arguments.attention,
-        device=device,
-        batch_tokens=arguments.batch_tokens,
-        num_workers=arguments.num_workers,
+        execution=Execution(
+            device, arguments.dtype, arguments.attention, arguments.batch_tokens, arguments.num_workers
+        ),
     )
     held_out = {
         name: hold_out(np.asarray(source.index[:, QUERY:]), arguments.dev_pairs, arguments.seed, name)[1]
@@ -143,9 +142,7 @@ def _mine(arguments: argparse.Namespace, device: str) -> Mined:
     }
     folder = arguments.store or arguments.out.with_name(f"{arguments.out.name}.embeddings")
     store = EmbeddingStore(folder, encoder.fingerprint)
-    return mine(
-        sources, encoder, arguments.out, counts, options, store=store, held_out=held_out, inputs=encoder.builder.policy
-    )
+    return mine(sources, encoder, arguments.out, counts, options, store=store, held_out=held_out, inputs=inputs)
 
 
 def _inputs(arguments: argparse.Namespace) -> InputPolicy:

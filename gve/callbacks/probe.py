@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from gve.callbacks.randomness import undisturbed
-from gve.encode.encoder import BackboneEncoder, Encoder
+from gve.encode.encoder import BackboneEncoder, Encoder, Execution
 from gve.encode.pretrained import load_encoder, read_checkpoint
 from gve.inputs import InputBuilder, InputPolicy
 from gve.items import InputError, Pair
@@ -216,7 +216,7 @@ class CurriculumProbe(L.Callback):
         )
         return own.untrained() if epoch == 0 else own
 
-    def _load(self, name: str, pl_module: VideoEmbedder) -> BackboneEncoder:
+    def _load(self, name: str, pl_module: VideoEmbedder) -> Encoder:
         """Another model, in the dtype and with the kernel of this one; a checkpoint keeps its own input policy."""
         model = pl_module.backbone.model
         base, inputs = "", pl_module.inputs
@@ -229,11 +229,13 @@ class CurriculumProbe(L.Callback):
             name,
             base=base,
             inputs=inputs,
-            dtype=cast(Literal["float32", "bfloat16"], str(model.dtype).removeprefix("torch.")),
-            attention=model.language_model.config._attn_implementation,
-            device=str(pl_module.device),
-            batch_tokens=self.batch_tokens,
-            num_workers=self.num_workers,
+            execution=Execution(
+                device=str(pl_module.device),
+                dtype=cast(Literal["float32", "bfloat16"], str(model.dtype).removeprefix("torch.")),
+                attention=model.language_model.config._attn_implementation,
+                batch_tokens=self.batch_tokens,
+                num_workers=self.num_workers,
+            ),
         )
 
     def _log(self, trainer: L.Trainer, data: CurriculumData) -> None:

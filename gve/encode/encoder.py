@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -75,6 +75,38 @@ class Encoder(Protocol):
             transform: changes each item after decoding.
             progress: what to write beside the progress bar; no bar when empty.
         """
+
+
+class LoadedEncoder(Encoder, Protocol):
+    """An encoder with a model behind it: what a result file says about it."""
+
+    @property
+    def weights_hash(self) -> str:
+        """Hex SHA-256 that names the weights alone; the input policy is no part of it."""
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Everything but the weights that decides the vectors, in plain values for JSON: frames, budgets, prompt."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an encoder runs. It decides time and memory, and of the vectors no more than their rounding.
+
+    Args:
+        device: torch device.
+        dtype: of the weights; adapters of a checkpoint are always float32.
+        attention: kernel: "sdpa", "eager" or "flash_attention_2".
+        batch_tokens: most tokens of one forward pass, padding included. Models that do not count tokens have a
+            batch size of their own.
+        num_workers: loader processes that decode; 0 decodes in the calling one.
+    """
+
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "sdpa"
+    batch_tokens: int = 16384
+    num_workers: int = 0
 
 
 def decoded(item: Item, policy: InputPolicy) -> Item:
@@ -211,6 +243,10 @@ class BackboneEncoder:
         """Hex SHA-256 of the weights that answer, adapters included if they are on."""
         with self._weights():
             return self.backbone.weights_hash()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return self.builder.policy.to_dict()
 
     @property
     def fingerprint(self) -> str:
