@@ -116,12 +116,12 @@ def _adapter_of(name: str, files: ModelFiles) -> str:
     Raises:
         InputError: none is made for them.
     """
-    from gve.encode.clip import ClipEncoder
-    from gve.encode.sentence import SentenceEncoder
-
     config = dict(files.config)
     if config.get("model_type") == "qwen2_5_vl":
         return "gve"
+    from gve.encode.clip import ClipEncoder
+    from gve.encode.sentence import SentenceEncoder
+
     if SentenceEncoder.matches(config, files.folder):
         return "sentence-transformers"
     if ClipEncoder.matches(config, files.folder):
