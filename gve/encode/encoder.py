@@ -272,7 +272,7 @@ class BackboneEncoder:
         names = [
             hashlib.sha256("".join([kind, *(keys[row] for row in group)]).encode()).hexdigest() for group in groups
         ]
-        with self._weights(), torch.inference_mode(), _bar(progress, len(items)) as advance:
+        with self._weights(), torch.inference_mode(), progress_bar(progress, len(items)) as advance:
             advance(len(failures))
             fresh = []
             for group, name in zip(groups, names, strict=True):
@@ -349,7 +349,7 @@ class BackboneEncoder:
 
 
 @contextmanager
-def _bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], object]]:
     """A progress bar, or nothing without a title; yields the function that advances it."""
     if not title:
         yield lambda count: None
