@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,17 +67,20 @@ class SetScore:
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """[Q] int64: queries that share their first positive share a number.
+        """[Q] int64: queries whose first positive shows the same files share a number, in this set and in others.
 
-        The first by length of id and id (v9 before v10), so that the order of the listing is nothing.
+        A file is known by its path inside the folder of a set, so that a video of CRB-G, CRB-S and CRB-T is one also
+        where each holds a copy. A label or a text is no clip that could fail all of its queries: they stay apart.
+        The first positive by length of id and id (v9 before v10), so that the order of the listing is nothing.
         """
-        names = [item.id for item in self.tested.corpus]
-        numbers: dict[object, int] = {}
-        keys: list[object] = [
-            min((len(names[row]), names[row]) for row in rows) if rows else query
-            for query, rows in enumerate(self.tested.positives)
-        ]
-        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+        corpus = self.tested.corpus
+        names = []
+        for query, rows in zip(self.tested.queries, self.tested.positives, strict=True):
+            first = min((corpus[row] for row in rows), key=lambda item: (len(item.id), item.id), default=None)
+            files = [medium.name.partition("/")[2] or medium.name for medium in first.media] if first else []
+            names.append("\0".join(files) or f"{self.tested.record.name}\0{query.id}")
+        numbers = {name: hashlib.sha256(name.encode()).digest()[:8] for name in set(names)}
+        return np.array([int.from_bytes(numbers[name], "big", signed=True) for name in names], np.int64)
 
     def replicates(self, resamples: int) -> np.ndarray:
         """[resamples] bootstrap means."""
@@ -85,11 +89,6 @@ class SetScore:
     def interval(self, resamples: int) -> tuple[float, float]:
         """95% interval of the value over queries."""
         return score_interval(self.hits, self.clusters, self.replicates(resamples))
-
-    def difference(self, other: SetScore, resamples: int) -> np.ndarray:
-        """[resamples] bootstrap means of this score minus the other's, query by query."""
-        name = f"{self.tested.record.name} paired"
-        return bootstrap_means(self.hits - other.hits, self.clusters, resamples=resamples, name=name)
 
 
 Scores = Mapping[str, SetScore]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 
 import gve
 from gve.eval.evaluation import Scores, SetScore
-from gve.eval.statistics import holm, interval, p_value
+from gve.eval.statistics import difference_interval, holm, interval, joint_bootstrap_means, p_value
 from gve.eval.uvrb import ability_scores
 from gve.items import InputError
 
@@ -126,7 +126,13 @@ class Results:
         }
 
     def _ability_rows(self, scores: Scores) -> dict[str, Any]:
-        replicates = _abilities(scores, lambda score: score.replicates(self.resamples))
+        replicates = ability_scores(
+            joint_bootstrap_means(
+                {name: score.hits for name, score in scores.items() if score.complete},
+                {name: score.clusters for name, score in scores.items()},
+                resamples=self.resamples,
+            )
+        )
         intervals = {name: None if values is None else list(interval(values)) for name, values in replicates.items()}
         collapsed = [name for name, own in intervals.items() if own is not None and own[0] == own[1]]
         if collapsed:
@@ -145,26 +151,61 @@ class Results:
     def _gains(self) -> dict[str, Any]:
         """Trained minus untrained, paired by query: value, 95% interval and, for sets, Holm-adjusted p."""
         shared = [name for name in self.scores if name in self.untrained]
-        draws = {name: self.scores[name].difference(self.untrained[name], self.resamples) for name in shared}
-        adjusted = holm({name: p_value(draw) for name, draw in draws.items()})
-        complete = {name: draw for name, draw in draws.items() if self.scores[name].complete}
-        before = _abilities(self.untrained, lambda score: score.value)
-        gains = {}
-        for name, draw in ability_scores(complete).items():
-            now, then = self.abilities[name], before[name]
-            if draw is not None and now is not None and then is not None:
-                gains[name] = {"value": now - then, "interval": list(interval(draw))}
-        return {
-            "sets": {
-                name: {
-                    "value": self.scores[name].value - self.untrained[name].value,
-                    "interval": list(interval(draws[name])),
-                    "p_holm": adjusted[name],
-                }
-                for name in shared
-            },
-            "abilities": gains,
-        }
+        differences = {name: self.scores[name].hits - self.untrained[name].hits for name in shared}
+        return paired_rows(
+            differences,
+            {name: self.scores[name].clusters for name in shared},
+            {name for name in shared if self.scores[name].complete and self.untrained[name].complete},
+            self.resamples,
+        )
+
+
+def paired_rows(
+    differences: Mapping[str, np.ndarray],
+    clusters: Mapping[str, np.ndarray],
+    complete: Collection[str],
+    resamples: int,
+) -> dict[str, Any]:
+    """One model minus another, paired by query: value, 95% interval and, for sets, p-values.
+
+    Args:
+        differences: set -> [Q] scores of the one minus those of the other.
+        clusters: set -> [Q] int64, equal where queries share a video, in one set or in two.
+        complete: sets that may enter an average.
+        resamples: bootstrap replicates.
+
+    Returns:
+        sets: name -> value, interval, p (bootstrap, two-sided), p_holm (adjusted over these sets); abilities: name ->
+        value, interval, for those whose sets are all complete.
+    """
+    draws = joint_bootstrap_means(differences, clusters, resamples=resamples)
+    p_values = {name: p_value(draw) for name, draw in draws.items()}
+    adjusted = holm(p_values)
+    bounds = {name: difference_interval(own, clusters[name], draws[name]) for name, own in differences.items()}
+    means = {name: float(own.mean()) for name, own in differences.items()}
+    whole = [name for name in differences if name in complete]
+    values = ability_scores({name: means[name] for name in whole})
+    replicates = ability_scores({name: draws[name] for name in whole})
+    # Where no query of any set differs the replicates have no width; the mean of the sets' bounds then takes over.
+    low = ability_scores({name: bounds[name][0] for name in whole})
+    high = ability_scores({name: bounds[name][1] for name in whole})
+    abilities = {}
+    for name, draw in replicates.items():
+        if draw is not None:
+            own = [low[name], high[name]] if not np.any(draw) else list(interval(draw))
+            abilities[name] = {"value": values[name], "interval": own}
+    return {
+        "sets": {
+            name: {
+                "value": means[name],
+                "interval": list(bounds[name]),
+                "p": p_values[name],
+                "p_holm": adjusted[name],
+            }
+            for name in differences
+        },
+        "abilities": abilities,
+    }
 
 
 def _abilities(scores: Scores, what: Callable[[SetScore], Any]) -> dict[str, Any]:
