@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gve.encode.encoder import Encoded, Transform, item_key
-from gve.eval.ablation import PixelAblation, ablated_queries, check_ablations, concerns, pixels_of
+from gve.eval.ablation import PixelAblation, ablated_queries, concerns, parse_ablations, pixels_of
 from gve.eval.evaluation import evaluate
 from gve.eval.report import radar, report, write_report
 from gve.eval.results import Results, read_results
@@ -323,7 +323,7 @@ def test_pixel_ablations() -> None:
     with pytest.raises(TypeError, match="decoded"):
         PixelAblation("static")(Item.of(video="a.mp4"))
     with pytest.raises(InputError, match="no ablation"):
-        check_ablations(["statik"])
+        parse_ablations(["statik"])
 
 
 def test_query_ablations_reach_sets_with_text(sets: list[RetrievalSet]) -> None:

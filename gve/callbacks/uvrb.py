@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import torch
@@ -18,7 +19,8 @@ from rich.console import Console
 from gve.callbacks.randomness import undisturbed
 from gve.encode.encoder import BackboneEncoder
 from gve.encode.store import EmbeddingStore
-from gve.eval.ablation import check_ablations
+from gve.eval.ablation import Ablation, parse_ablations
+from gve.eval.cells import Condition, score_ablation, write_cells
 from gve.eval.evaluation import Scores, evaluate
 from gve.eval.report import ability_table, radar, write_report
 from gve.eval.results import Results, write_json
@@ -61,7 +63,8 @@ class UVRBEvaluation(L.Callback):
 
     In fit it logs `uvrb/<set>/<metric>` and `uvrb/ability/<name>`, a radar picture, and writes `uvrb/step_<n>.json`. In
     validate and test it also runs the untrained base and the ablations and writes uvrb.json, report.md, radar.png and
-    uvrb_positions.npz into trainer.default_root_dir. It needs a validation loader, as all validation hooks do.
+    uvrb_positions.npz into trainer.default_root_dir, with ablations also ablation.csv and ablation.json, the cells of
+    ablation tables (gve.eval.cells). It needs a validation loader, as all validation hooks do.
     These scores describe a model and never choose it: checkpoints are chosen on the dev split.
 
     Args:
@@ -69,9 +72,13 @@ class UVRBEvaluation(L.Callback):
         sets: names of the sets to run; null runs all that are present.
         inputs: where the input policy differs from training's.
         every_n_epochs: how often it runs in fit; the last epoch always counts. 0: not in fit.
-        max_queries: most queries of a set in fit, chosen by a seed; validate runs all. null for all.
+        max_queries: most queries of a set in fit, chosen by `seed`; validate runs all. null for all.
+        seed: chooses the queries of a subset.
         untrained: validate also scores the base with its adapters off.
-        ablations: validate also scores the model under these: static, shuffled, reversed, black, text_only, media_only.
+        ablations: validate also scores the model under these: static, shuffled, reversed, black, text_only, media_only
+            (what is not shown), or mappings of what is changed: {frames: 16}, {tokens: 100}, {prompt: none} (or
+            generic, or an instruction), {append_eos: false}, {target_text: "a video"}, {adapters: off}, any other
+            field of the input policy, or several: {frames: 16, tokens: 400, shown: shuffled}.
         batch_tokens: most tokens of one forward pass, padding included.
         num_workers: loader processes that decode.
         memory_mb: host memory, in MiB, for prepared inputs and vision features of clips: the untrained base and later
@@ -87,15 +94,15 @@ class UVRBEvaluation(L.Callback):
         inputs: EvaluationInputs = _INPUTS,
         every_n_epochs: int = 1,
         max_queries: int | None = None,
+        seed: int = 0,
         untrained: bool = True,
-        ablations: Sequence[str] = (),
+        ablations: Sequence[str | dict[str, Any]] = (),
         batch_tokens: int = 16384,
         num_workers: int = 0,
         memory_mb: int = 1024,
         store: bool = False,
         resamples: int = 10000,
     ) -> None:
-        check_ablations(list(ablations))
         for name in sets or ():
             find_record(name)
         if max_queries is not None and max_queries < 1:
@@ -103,16 +110,20 @@ class UVRBEvaluation(L.Callback):
                 f"uvrb.max_queries={max_queries} must be at least 1; set every_n_epochs to 0 to switch off"
             )
         self.root, self.set_names, self.inputs = root, sets, inputs
-        self.every_n_epochs, self.max_queries = every_n_epochs, max_queries
-        self.untrained, self.ablations = untrained, tuple(ablations)
+        self.every_n_epochs, self.max_queries, self.seed = every_n_epochs, max_queries, seed
+        self.untrained, self.ablations = untrained, parse_ablations(ablations)
         self.batch_tokens, self.num_workers, self.memory_mb = batch_tokens, num_workers, memory_mb
         self.store, self.resamples = store, resamples
         self._sets: list[RetrievalSet] = []
         self._encoder: BackboneEncoder | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reads the listings, so that a wrong folder or set stops the run before it trains."""
-        if self.root and not self._sets:
+        """Reads the listings, so that a wrong folder, set or ablation stops the run before it trains."""
+        if not self.root:
+            return
+        for ablation in self.ablations:
+            ablation.policy(self.inputs.policy(_embedder(pl_module).inputs))
+        if not self._sets:
             reader = UVRBReader(self.root)
             self._sets = [reader.read(name) for name in self.set_names or reader.names()]
             for tested in self._sets:
@@ -136,10 +147,14 @@ class UVRBEvaluation(L.Callback):
         if self._sets:
             self._in_full(trainer, pl_module)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Its memory of prepared inputs, and another model may come next.
+        self._encoder = None
+
     def _in_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         sets = self._sets
         if self.max_queries is not None:
-            sets = [tested.subset(self.max_queries) for tested in sets]
+            sets = [tested.subset(self.max_queries, self.seed) for tested in sets]
         encoder = self._encoder_of(pl_module)
         with undisturbed(), trainer.precision_plugin.forward_context():
             scores = evaluate(encoder, sets, progress="uvrb")
@@ -153,15 +168,14 @@ class UVRBEvaluation(L.Callback):
     def _in_full(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         encoder = self._encoder_of(pl_module)
         folder = Path(trainer.default_root_dir) / "embeddings" if self.store else None
+        stores: dict[str, EmbeddingStore] = {}
         with undisturbed(), trainer.precision_plugin.forward_context():
-            store = EmbeddingStore(folder, encoder.fingerprint)
-            scores = self._pass(encoder, store)
+            scores = self._pass(Ablation("model"), encoder, stores, folder).scores
             untrained: Scores = {}
             if self.untrained:
-                base = encoder.untrained()
-                untrained = self._pass(base, EmbeddingStore(folder, base.fingerprint), "untrained")
-            ablations = {name: self._pass(encoder, store, name, ablation=name) for name in self.ablations}
-        results = self._results(_trained_steps(trainer), encoder, scores, untrained, ablations)
+                untrained = self._pass(Ablation("untrained", adapters=False), encoder, stores, folder).scores
+            conditions = [self._pass(ablation, encoder, stores, folder) for ablation in self.ablations]
+        results = self._results(_trained_steps(trainer), encoder, scores, untrained, conditions)
         # Loggers get the step of the weights; Lightning would file all of a validate run under step 0.
         pl_module.log_dict(results.metrics(), logger=False, sync_dist=False, rank_zero_only=False)
         for logger in trainer.loggers:
@@ -169,30 +183,34 @@ class UVRBEvaluation(L.Callback):
         self._draw(trainer, results)
         if trainer.is_global_zero:
             root = Path(trainer.default_root_dir)
-            write_report(root, results)
+            cells = write_cells(root, results, conditions) if conditions else []
+            write_report(root, results, cells)
             # Rich takes 80 columns for a pipe or a log file, which would cut the intervals off.
             Console(width=None if sys.stdout.isatty() else 120).print(ability_table(results))
             rank_zero_info(f"UVRB report: {root / 'report.md'}")
         trainer.strategy.barrier()
 
     def _pass(
-        self, encoder: BackboneEncoder, store: EmbeddingStore, title: str = "model", ablation: str = ""
-    ) -> Scores:
+        self, ablation: Ablation, encoder: BackboneEncoder, stores: dict[str, EmbeddingStore], folder: Path | None
+    ) -> Condition:
         """All sets once, with a bar on the terminal and a line that stays in logs."""
         start = time.monotonic()
-        scores = evaluate(encoder, self._sets, store, ablation=ablation, progress=f"uvrb, {title}")
-        rank_zero_info(f"uvrb, {title}: {len(scores)} sets in {time.monotonic() - start:.0f} s")
-        return scores
+        own = encoder if ablation.adapters else encoder.untrained()
+        name = own.fingerprint  # of a model without adapters the same as of its base: one store
+        if name not in stores:
+            stores[name] = EmbeddingStore(folder, name)
+        title = f"uvrb, {ablation.name}"
+        condition = score_ablation(ablation, own, self._sets, stores[name], folder=folder, progress=title)
+        rank_zero_info(f"{title}: {len(condition.scores)} sets in {time.monotonic() - start:.0f} s")
+        return condition
 
     def _encoder_of(self, pl_module: L.LightningModule) -> BackboneEncoder:
         """One encoder for the whole run: its memory serves every epoch, as the tower never changes."""
-        if not isinstance(pl_module, VideoEmbedder):
-            raise TypeError(f"UVRBEvaluation evaluates a VideoEmbedder, got {type(pl_module).__name__}")
         if self._encoder is None:
-            builder = InputBuilder.from_base(pl_module.base, self.inputs.policy(pl_module.inputs))
+            embedder = _embedder(pl_module)
             self._encoder = BackboneEncoder(
-                pl_module.backbone,
-                builder,
+                embedder.backbone,
+                InputBuilder.from_base(embedder.base, self.inputs.policy(embedder.inputs)),
                 batch_tokens=self.batch_tokens,
                 num_workers=self.num_workers,
                 memory_bytes=self.memory_mb << 20,
@@ -205,13 +223,13 @@ class UVRBEvaluation(L.Callback):
         encoder: BackboneEncoder,
         scores: Scores,
         untrained: Scores | None = None,
-        ablations: dict[str, Scores] | None = None,
+        conditions: Sequence[Condition] = (),
     ) -> Results:
         return Results(
             scores=scores,
             untrained=untrained or {},
-            ablations=ablations or {},
-            inputs=encoder.builder.policy.to_dict(),
+            ablations={condition.ablation.name: condition.scores for condition in conditions},
+            inputs=encoder.inputs,
             weights_hash=encoder.weights_hash,
             untrained_weights_hash=encoder.untrained().weights_hash,
             step=step,
@@ -222,6 +240,12 @@ class UVRBEvaluation(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_figure("uvrb/radar", radar(results.data), results.step)
+
+
+def _embedder(pl_module: L.LightningModule) -> VideoEmbedder:
+    if not isinstance(pl_module, VideoEmbedder):
+        raise TypeError(f"UVRBEvaluation evaluates a VideoEmbedder, got {type(pl_module).__name__}")
+    return pl_module
 
 
 def _trained_steps(trainer: L.Trainer) -> int:

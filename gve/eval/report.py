@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from rich.table import Table
 
+from gve.eval.cells import Cell, cell_table
 from gve.eval.results import Results, write_json, write_positions, write_whole
 from gve.eval.uvrb import ABILITIES, AVERAGES, SETS, published_scores
 
@@ -20,14 +21,14 @@ TIE_ALARM = 0.001  # optimistic minus pessimistic: above it, ties (a collapsed m
 PUBLISHED_SHOWN = ("GVE-3B", "GVE-7B")
 
 
-def write_report(folder: Path, results: Results) -> None:
+def write_report(folder: Path, results: Results, cells: Sequence[Cell] = ()) -> None:
     """Writes radar.png, uvrb_positions.npz, report.md and last uvrb.json, which says that the rest is there."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / "radar.tmp.png"
     radar(results.data).savefig(draft, dpi=160)
     os.replace(draft, folder / "radar.png")
     write_positions(folder, results)
-    write_whole(folder / "report.md", report(results).encode())
+    write_whole(folder / "report.md", report(results, cells).encode())
     write_json(folder / "uvrb.json", results)
 
 
@@ -44,8 +45,8 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"|{right}|", *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
-def report(results: Results) -> str:
-    """The text of report.md."""
+def report(results: Results, cells: Sequence[Cell] = ()) -> str:
+    """The text of report.md; `cells` are those of the ablations, if any were run."""
     data = results.data
     lines = [
         "# UVRB report",
@@ -66,6 +67,7 @@ def report(results: Results) -> str:
         "",
         *_markdown(*_set_table(results, data)),
         *_ablation_section(results, data),
+        *_cell_section(cells),
     ]
     return "\n".join(lines)
 
@@ -149,6 +151,22 @@ def _ablation_section(results: Results, data: Mapping[str, Any]) -> list[str]:
         "static: middle frame repeated; shuffled, reversed: frames in another order; black: black pixels; text_only: "
         "no pictures (a text set's corpus is black); media_only: no text. A ceiling is what a perfect judge scores "
         "with as little.",
+        "",
+        *_markdown(head, rows),
+    ]
+
+
+def _cell_section(cells: Sequence[Cell]) -> list[str]:
+    """Each ability under every ablation, against the run itself; each set where no ability is whole."""
+    if not cells:
+        return []
+    scope = "ability" if any(cell.scope == "ability" for cell in cells) else "set"
+    head, rows = cell_table(cells, scope)
+    return [
+        "## Ablations",
+        "",
+        "The same weights under other conditions: score, then the difference from the plain run, paired by query, with "
+        "its 95% interval; * where that leaves 0 out. All cells, sets too, stand in ablation.csv.",
         "",
         *_markdown(head, rows),
     ]
