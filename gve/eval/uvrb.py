@@ -1,7 +1,8 @@
 """UVRB, the Universal Video Retrieval Benchmark: its sixteen sets, their released layout, and the nine abilities.
 
 Names, counts, instructions, metrics and aggregation are those of arXiv 2510.27571; the layout is that of the release
-`Alibaba-NLP/UVRB`: `<root>/<NAME>/jsonl/{queries,corpus,instances}.jsonl` beside the media.
+`Alibaba-NLP/UVRB`: `<root>/<NAME>/jsonl/{queries,corpus,instances}.jsonl` beside the media. Classification sets have
+the same layout; their corpus rows are the texts of the labels.
 """
 
 from __future__ import annotations
@@ -21,215 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from gve.eval.classification import CLASSIFICATION
+from gve.eval.records import SETS, SetRecord
 from gve.items import Image, InputError, Item, Part, Text, Video
-
-FIND = "Find the video according to the "
-
-
-@dataclass(frozen=True)
-class SetRecord:
-    """One test set as the paper defines it.
-
-    Args:
-        name: as in the paper's Table 1.
-        ability: the leaf of the ability tree it counts for: CG, S, T, PR, LC, CMP or VIS.
-        query: modalities of a query, in the order T, I, V.
-        num_queries, num_corpus: published counts; `num_corpus` is the size of one pool where `pooled`.
-        instruction: precedes the query, joined by one space.
-        built_from: the data set and the field it was made from.
-        licence: of the source's annotations or videos, whichever is narrower, as far as it is stated.
-        k: a query scores when a positive is among the first k.
-        pooled: each query ranks its own candidates instead of the whole corpus.
-    """
-
-    name: str
-    ability: str
-    query: str
-    num_queries: int
-    num_corpus: int
-    instruction: str
-    built_from: str
-    licence: str
-    k: int = 1
-    pooled: bool = False
-
-    @property
-    def metric(self) -> str:
-        """Its name in results and TensorBoard tags."""
-        return "precision_at_1" if self.pooled else f"recall_at_{self.k}"
-
-    @property
-    def metric_label(self) -> str:
-        """Its name in tables."""
-        return "P@1" if self.pooled else f"R@{self.k}"
-
-
-SETS: tuple[SetRecord, ...] = (
-    SetRecord(
-        "MSRVTT",
-        "CG",
-        "T",
-        1000,
-        1000,
-        "Find the clip that corresponds to the described scene in the given video.",
-        "MSR-VTT, JSFusion 1k-A split",
-        "not stated",
-    ),
-    SetRecord(
-        "DiDeMo",
-        "CG",
-        "T",
-        1004,
-        1004,
-        "Find a video that includes the following described scenes.",
-        "DiDeMo test, all sentences of a video joined to a paragraph",
-        "BSD-2-Clause, videos Creative Commons",
-    ),
-    SetRecord(
-        "CRB-G",
-        "CG",
-        "T",
-        1000,
-        1000,
-        FIND + "general text description.",
-        "CaReBench `caption`",
-        "MIT",
-    ),
-    SetRecord(
-        "CRB-S",
-        "S",
-        "T",
-        1000,
-        1000,
-        FIND + "spatial description.",
-        "CaReBench `spatial_caption`",
-        "MIT",
-    ),
-    SetRecord(
-        "VDC-O",
-        "S",
-        "T",
-        1027,
-        1027,
-        FIND + "object description.",
-        "VDC `main_object_caption`",
-        "Apache-2.0",
-    ),
-    SetRecord(
-        "CRB-T",
-        "T",
-        "T",
-        1000,
-        1000,
-        FIND + "temporal description.",
-        "CaReBench `temporal_caption`",
-        "MIT",
-    ),
-    SetRecord(
-        "CMRB",
-        "T",
-        "T",
-        728,
-        1071,
-        FIND + "camera motion description.",
-        "CameraBench motion descriptions",
-        "CC-BY-4.0",
-        k=10,
-    ),
-    SetRecord(
-        "DREAM-E",
-        "PR",
-        "T",
-        6251,
-        1000,
-        FIND + "text description.",
-        "DREAM-1K events",
-        "Apache-2.0",
-    ),
-    SetRecord(
-        "LoVR-TH",
-        "PR",
-        "T",
-        8854,
-        8854,
-        FIND + "text description about video theme information.",
-        "LoVR clip themes",
-        "CC-BY-NC-SA-4.0",
-        k=10,
-    ),
-    SetRecord(
-        "PEV-K",
-        "PR",
-        "T",
-        14427,
-        15000,
-        FIND + "text description of a series of keywords.",
-        "PE-Video test keywords",
-        "CC-BY-NC-4.0",
-    ),
-    SetRecord(
-        "LoVR-V",
-        "LC",
-        "T",
-        100,
-        467,
-        "Find the long video according to the long text description.",
-        "LoVR full captions",
-        "CC-BY-NC-SA-4.0",
-    ),
-    SetRecord(
-        "VDC-D",
-        "LC",
-        "T",
-        1000,
-        1027,
-        FIND + "detailed text description.",
-        "VDC `detailed_caption`",
-        "Apache-2.0",
-    ),
-    SetRecord(
-        "MS-TI",
-        "CMP",
-        "TI",
-        400,
-        10,
-        "Find the video clip that corresponds to the given text and the given image.",
-        "MomentSeeker as adapted in MMEB-V2",
-        "CC-BY-NC-SA-4.0",
-        pooled=True,
-    ),
-    SetRecord(
-        "MS-TV",
-        "CMP",
-        "TV",
-        400,
-        10,
-        "Find the video clip that corresponds to the given text and the given video.",
-        "MomentSeeker as adapted in MMEB-V2",
-        "CC-BY-NC-SA-4.0",
-        pooled=True,
-    ),
-    SetRecord(
-        "MSRVTT-I2V",
-        "VIS",
-        "I",
-        1000,
-        1000,
-        FIND + "image.",
-        "one random frame of each MSR-VTT test video",
-        "not stated",
-    ),
-    SetRecord(
-        "LoVR-C2V",
-        "VIS",
-        "V",
-        467,
-        467,
-        "Find the original long video according to the short video clip.",
-        "one clip of each LoVR long video",
-        "CC-BY-NC-SA-4.0",
-    ),
-)
 
 # ability -> its parts: sets (leaves of the tree) or abilities that stand before it
 ABILITY_PARTS: dict[str, tuple[str, ...]] = {
@@ -271,17 +66,18 @@ def _letters(name: str) -> str:
 
 
 def find_record(name: str) -> SetRecord:
-    """The set of a name, whatever its case and separators: "msr-vtt", "CRB_G".
+    """The set of a name, whatever its case and separators: "msr-vtt", "CRB_G"; classification sets too.
 
     Raises:
         InputError: no set has that name.
     """
-    records = {_letters(record.name): record for record in SETS}
+    known = (*SETS, *CLASSIFICATION)
+    records = {_letters(called): record for record in known for called in (*record.aliases, record.name)}
     if _letters(name) in records:
         return records[_letters(name)]
     near = difflib.get_close_matches(_letters(name), records, 1)
     hint = f"; did you mean {records[near[0]].name}?" if near else ""
-    raise InputError(f"no UVRB set is called {name!r}{hint} (sets: {', '.join(r.name for r in SETS)})")
+    raise InputError(f"no UVRB set is called {name!r}{hint} (sets: {', '.join(record.name for record in known)})")
 
 
 @cache
@@ -305,7 +101,7 @@ class RetrievalSet:
         corpus: C items.
         positives: corpus rows that answer each query.
         pools: corpus rows each query is ranked against, or None for the whole corpus.
-        facts: what the set's own set.json states: `chance`, `ceilings`, ...; empty for released data.
+        facts: what the set's own set.json states: `chance`, `ceilings`, `builder`, ...; empty for released data.
         missing: media files that are not on disk.
         notes: deviations from the paper's protocol, one sentence each.
         data_hash: hex SHA-256 of the three listings, whatever the order of their rows.
@@ -362,13 +158,13 @@ class UVRBReader:
             raise InputError(f"no UVRB folder at {self.root}; set uvrb.root, or leave it empty to train without it")
         self._media: dict[tuple[type, Path], Image | Video] = {}
 
-    def names(self) -> list[str]:
-        """Sets that are present, in the order of reports.
+    def names(self, records: Sequence[SetRecord] = SETS) -> list[str]:
+        """Sets of these records that are present, in the order of reports.
 
         Raises:
-            InputError: the folder holds no set.
+            InputError: the folder holds none of them.
         """
-        present = [record.name for record in SETS if (self.root / record.name / "jsonl").is_dir()]
+        present = [record.name for record in records if (self.root / record.name / "jsonl").is_dir()]
         if not present:
             raise InputError(f"{self.root} holds no UVRB set; expected <NAME>/jsonl/queries.jsonl with a name of UVRB")
         return present
@@ -398,10 +194,12 @@ class UVRBReader:
         shown = {id(medium) for item in corpus for medium in item.media}
         if leaks := sum(any(id(medium) in shown for medium in item.media) for item in queries):
             notes.append(f"{leaks} queries show a file that is also in the corpus")
-        if repeats := len(queries) - len({(item.text, *map(id, item.media)) for item in queries}):
+        repeats = len(queries) - len({(item.text, *map(id, item.media)) for item in queries})
+        if repeats > record.num_queries - (record.num_texts or record.num_queries):
             notes.append(f"{repeats} queries repeat another; UVRB counts distinct ones")
         facts_file = folder / "set.json"
         facts = json.loads(facts_file.read_text()) if facts_file.is_file() else {}
+        notes += facts.get("deviations", ())
         media = {medium.name: medium for item in (*queries, *corpus) for medium in item.media}
         missing = tuple(sorted(name for name, medium in media.items() if not Path(str(medium.source)).is_file()))
         return RetrievalSet(record, queries, corpus, positives, pools, facts, missing, tuple(notes), digest.hexdigest())
@@ -445,7 +243,8 @@ def _rows(path: Path, digest: Any) -> list[dict[str, Any]]:
     # Sorted: the order of a listing is no part of the data, and a hash that held it would tell equal scores apart.
     digest.update(b"\n".join([path.name.encode(), *sorted(content.splitlines())]))
     rows = []
-    for number, line in enumerate(content.decode("utf-8-sig").splitlines(), 1):
+    # Not str.splitlines: it also breaks at U+2028 and the like, which JSON allows inside a string.
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
