@@ -22,7 +22,7 @@ import numpy as np
 import gve
 from gve.eval.evaluation import Scores, SetScore
 from gve.eval.statistics import difference_interval, holm, interval, joint_bootstrap_means, p_value
-from gve.eval.uvrb import ability_scores
+from gve.eval.uvrb import SETS, ability_scores
 from gve.items import InputError
 
 RESULTS, POSITIONS, RUN = "uvrb.json", "uvrb_positions.npz", "run.json"
@@ -175,12 +175,14 @@ def paired_rows(
         resamples: bootstrap replicates.
 
     Returns:
-        sets: name -> value, interval, p (bootstrap, two-sided), p_holm (adjusted over these sets); abilities: name ->
-        value, interval, for those whose sets are all complete.
+        sets: name -> value, interval, p (bootstrap, two-sided), p_holm (adjusted over the sets of UVRB here; over the
+        others, such as classification, apart); abilities: name -> value, interval, if all their sets are complete.
     """
     draws = joint_bootstrap_means(differences, clusters, resamples=resamples)
     p_values = {name: p_value(draw) for name, draw in draws.items()}
-    adjusted = holm(p_values)
+    family = {record.name for record in SETS} & p_values.keys()
+    adjusted = holm({name: p_values[name] for name in p_values if name in family})
+    adjusted |= holm({name: p_values[name] for name in p_values if name not in family})
     bounds = {name: difference_interval(own, clusters[name], draws[name]) for name, own in differences.items()}
     means = {name: float(own.mean()) for name, own in differences.items()}
     whole = [name for name in differences if name in complete]
