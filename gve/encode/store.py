@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gve.encode.encoder import Encoded, Encoder, Transform, item_key
-from gve.items import InputError, Item
+from gve.encode.ranks import gather_rows, union, world
+from gve.items import Image, InputError, Item, Video
 
-PART = 2048  # distinct items between two writes of a store that is kept on disk: what an interruption costs
+# Distinct items that one call of an encoder gets, at most: what an interruption costs a rank. It holds several batches
+# of clips, so that decode workers do not run dry; a small job is cut finer, so that up to eight ranks have work.
+PART, _LEAST_PARTS, _SMALLEST_PART = 256, 8, 4
 
 
 class EmbeddingStore:
@@ -35,6 +38,7 @@ class EmbeddingStore:
 
     def __init__(self, folder: str | Path | None, fingerprint: str) -> None:
         self.folder = None if folder is None else Path(folder) / fingerprint[:16]
+        self.added = 0  # vectors that this object was given: what was encoded, not found
         self._vectors: dict[str, np.ndarray] = {}
         for path in sorted(self.folder.glob("*.safetensors")) if self.folder else []:
             try:
@@ -55,48 +59,15 @@ class EmbeddingStore:
     def add(self, keys: Sequence[str], vectors: np.ndarray, *, write: bool = True) -> None:
         """Keeps [N, D] vectors; in the folder too, if there is one and this process is to write."""
         self._vectors |= dict(zip(keys, vectors, strict=True))
+        self.added += len(keys)
         if self.folder is None or not write or not len(keys):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}.safetensors"
-        draft = path.with_suffix(".tmp")
+        draft = path.with_suffix(f".{os.getpid()}.tmp")  # another run may be writing the same part
         words = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(len(keys), -1)
         save_file({"keys": words.copy(), "vectors": np.ascontiguousarray(vectors)}, draft)
         os.replace(draft, path)
-
-
-def _world() -> tuple[int, int]:
-    """(rank, number of ranks)."""
-    ready = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
-
-
-def _gather(rows: np.ndarray) -> np.ndarray:
-    """[n, D] of rank r, which holds rows r::W of a whole, to the whole on every rank."""
-    world = _world()[1]
-    if world == 1:
-        return rows
-    counts: list[int] = [0] * world
-    dist.all_gather_object(counts, len(rows))
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    padded = torch.zeros(max(counts), rows.shape[1], device=device)
-    padded[: len(rows)] = torch.from_numpy(rows)
-    shares = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(shares, padded)
-    whole = np.empty((sum(counts), rows.shape[1]), np.float32)
-    for other, share in enumerate(shares):
-        whole[other::world] = share[: counts[other]].cpu().numpy()
-    return whole
-
-
-def _agree(values: dict[str, str]) -> dict[str, str]:
-    """The union of the ranks' dictionaries, the same on all of them."""
-    world = _world()[1]
-    if world == 1:
-        return values
-    parts: list[dict[str, str]] = [{} for _ in range(world)]
-    dist.all_gather_object(parts, values)
-    return {key: value for part in parts for key, value in sorted(part.items())}
 
 
 def encode_items(
@@ -113,6 +84,10 @@ def encode_items(
     Each distinct (content, instruction) is encoded once in the world, ranks share the work, and all of them hold the
     whole result. Items that `transform` does not touch have their plain vector.
 
+    A vector's last bits depend on what shares its batch. Therefore the distinct contents are put in an order of their
+    own (media first, then long texts) and cut into parts, and a part goes to one call of the encoder: neither the order
+    of the items, nor the number of ranks, nor an interruption between two parts changes a bit.
+
     Args:
         items: a sequence that reads its items when they are asked for is asked on each rank for its share alone.
         store: of `encoder.fingerprint`; it takes what is new. Unreadable items are not kept, so they are tried again.
@@ -120,56 +95,71 @@ def encode_items(
             lacks is then taken from `items`.
 
     Returns:
-        One row per item, on every rank.
+        One row per item, on every rank. An item for which the encoder gave a vector that is not finite is a failure.
 
     Raises:
-        RuntimeError: the encoder lost an item or gave NaN without a reason.
+        RuntimeError: the encoder lost an item.
     """
-    rank, world = _world()
-    hashed: dict[int, tuple[str, str]] = {}
-    for row in range(rank, len(items), world):  # hashing reads every file: shared like the encoding
-        try:
-            hashed[row] = (_key((hashable or items)[row], transform), "")
-        except OSError as error:
-            hashed[row] = ("", f"missing: {error.filename} ({error.strerror})")
-        except InputError as error:
-            hashed[row] = ("", str(error))
-    if world > 1:
-        everything: list[dict[int, tuple[str, str]]] = [{} for _ in range(world)]
-        dist.all_gather_object(everything, hashed)
-        hashed = {row: value for part in everything for row, value in part.items()}
+    rank, size = world()
+    light = hashable or items
+    hashed = _hashed(light, transform)
     first: dict[str, int] = {}
     for row in range(len(items)):
         if hashed[row][0]:
             first.setdefault(hashed[row][0], row)
-    lacking = _agree({key: "" for key in first if key not in store})
-    wanted = [key for key in first if key in lacking]
+    lacking = union({key: "" for key in first if key not in store})
+    order = sorted(first, key=lambda key: (*_cost(light[first[key]]), key)) if lacking else []
+    step = min(PART, max(_SMALLEST_PART, -(-len(order) // _LEAST_PARTS)))
+    parts = [order[start : start + step] for start in range(0, len(order), step)]
+    wanted = [kept for part in parts if (kept := [key for key in part if key in lacking])]
     reasons: dict[str, str] = {}
-    step = PART * world if store.folder else max(1, len(wanted))
-    for start in range(0, len(wanted), step):
-        part = wanted[start : start + step]
-        share = part[rank::world]
-        result = encoder.encode(
-            [items[first[key]] for key in share], transform=transform, progress=progress if rank == 0 else ""
-        )
-        if result.vectors.shape != (len(share), encoder.dim):
-            raise RuntimeError(f"the encoder gave {result.vectors.shape} for {len(share)} items of {encoder.dim}")
-        failed = _agree({share[row]: reason for row, reason in result.failures.items()})
-        vectors = _gather(result.vectors)
-        good = [row for row, key in enumerate(part) if key not in failed]
-        if not np.isfinite(vectors[good]).all():
-            raise RuntimeError("the encoder gave vectors that are not finite for items that it could read")
-        store.add([part[row] for row in good], vectors[good], write=rank == 0)
+    start, done = time.monotonic(), 0
+    for turn in range(0, len(wanted), size):
+        shares = wanted[turn : turn + size]
+        own = shares[rank] if rank < len(shares) else []
+        title = _title(progress, done, len(lacking), time.monotonic() - start) if rank == 0 else ""
+        result = Encoded(np.empty((0, encoder.dim), np.float32))
+        if own:
+            result = encoder.encode([items[first[key]] for key in own], transform=transform, progress=title)
+        if result.vectors.shape != (len(own), encoder.dim):
+            raise RuntimeError(f"the encoder gave {result.vectors.shape} for {len(own)} items of {encoder.dim}")
+        failures = dict(result.failures)
+        for row in np.flatnonzero(~np.isfinite(result.vectors).all(1)).tolist():
+            failures.setdefault(row, "the model gave a vector that is not finite")
+        failed = union({own[row]: reason for row, reason in failures.items()})
+        vectors = gather_rows(result.vectors)
+        keys = [key for share in shares for key in share]
+        good = [row for row, key in enumerate(keys) if key not in failed]
+        store.add([keys[row] for row in good], vectors[good], write=rank == 0)
         reasons |= failed
+        done += len(keys)
     vectors = np.full((len(items), encoder.dim), np.nan, np.float32)
-    failures: dict[int, str] = {}
+    unread: dict[int, str] = {}
     for row in range(len(items)):
         key, reason = hashed[row]
         if key in store:
             vectors[row] = store[key]
         else:
-            failures[row] = reason or reasons[key]
-    return Encoded(vectors, failures)
+            unread[row] = reason or reasons[key]
+    return Encoded(vectors, unread)
+
+
+def _hashed(items: Sequence[Item], transform: Transform | None) -> dict[int, tuple[str, str]]:
+    """Row -> (key of what is encoded, "") or ("", why it has none), on every rank; it reads every file once."""
+    rank, size = world()
+    hashed: dict[int, tuple[str, str]] = {}
+    for row in range(rank, len(items), size):
+        try:
+            hashed[row] = (_key(items[row], transform), "")
+        except OSError as error:
+            hashed[row] = ("", f"missing: {error.filename} ({error.strerror})")
+        except InputError as error:
+            hashed[row] = ("", str(error))
+    if size > 1:
+        everything: list[dict[int, tuple[str, str]]] = [{} for _ in range(size)]
+        dist.all_gather_object(everything, hashed)
+        hashed = {row: value for part in everything for row, value in part.items()}
+    return hashed
 
 
 def _key(item: Item, transform: Transform | None) -> str:
@@ -177,3 +167,20 @@ def _key(item: Item, transform: Transform | None) -> str:
     if transform is None or not transform.touches(item):
         return item_key(item)
     return hashlib.sha256(f"{transform.name}\0{item_key(item)}".encode()).hexdigest()
+
+
+def _cost(item: Item) -> tuple[int, int, int]:
+    """Falls with the work an item is, so far as that is known before it is opened: sorted by it, parts hold like items.
+
+    The costliest come first: ranks end together, and memory shows its peak at once.
+    """
+    videos = sum(isinstance(part, Video) for part in item.parts)
+    return -videos, -sum(isinstance(part, Image) for part in item.parts), -len(item.text)
+
+
+def _title(progress: str, done: int, total: int, seconds: float) -> str:
+    """The title of a part's bar: how far the whole is, and how long the rest will take at this pace."""
+    if not progress or not done:
+        return progress
+    left = round(seconds / done * (total - done))
+    return f"{progress}, {done} of {total}, {left // 3600}:{left % 3600 // 60:02}:{left % 60:02} left"
