@@ -161,6 +161,14 @@ class Correlation:
         value = round(self.value, 2)
         return value >= self.claimed if self.at_least else abs(value - self.claimed) < 0.005
 
+    def __str__(self) -> str:
+        low, high = self.interval
+        said = "" if self.claimed is None else f"claimed {'>= ' if self.at_least else ''}{self.claimed:.2f}, "
+        return (
+            f"correlation {self.first} - {self.second} over {self.count} models ({self.models}): {said}"
+            f"the table gives {self.value:.2f} [{low:.2f}, {high:.2f}]"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.projections.polar import PolarAxes
 from rich.table import Table
 
 from gve.eval.cells import Cell, cell_table
+from gve.eval.charts import Line, draw_radar
+from gve.eval.published import other_sizes
 from gve.eval.results import Results, write_json, write_positions, write_whole
 from gve.eval.uvrb import ABILITIES, AVERAGES, SETS, published_scores
 
@@ -48,13 +47,15 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def report(results: Results, cells: Sequence[Cell] = ()) -> str:
     """The text of report.md; `cells` are those of the ablations, if any were run."""
     data = results.data
+    warnings = result_warnings(data)
     lines = [
         "# UVRB report",
         "",
         f"gve {data['version']}, {data['step']} training steps, weights `{data['weights'][:12]}`, "
         f"protocol `{data['protocol']['hash']}`.",
         "",
-        *_warnings(data),
+        *[f"- {line}" for line in warnings],
+        *[""] * bool(warnings),
         "## Abilities",
         "",
         "![radar of the nine abilities](radar.png)",
@@ -72,30 +73,34 @@ def report(results: Results, cells: Sequence[Cell] = ()) -> str:
     return "\n".join(lines)
 
 
-def _warnings(data: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before a number: incomplete sets, ties, other protocols."""
+def result_warnings(data: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before a number, a sentence each: incomplete sets, ties, other protocols.
+
+    Args:
+        data: the content of a uvrb.json.
+    """
     lines = []
     for label, part in (("", data), ("untrained: ", data.get("untrained", {"sets": {}}))):
         for name, row in part["sets"].items():
             if row["missing"]:
-                lines.append(f"- **{label}{name} is incomplete**: {len(row['missing'])} unread, {row['missing'][0]}")
+                lines.append(f"{label}{name} is incomplete: {len(row['missing'])} unread, {row['missing'][0]}")
             if not row["complete"]:
-                lines.append(f"- {label}{name} enters no average.")
+                lines.append(f"{label}{name} enters no average.")
             if row["optimistic"] - row["pessimistic"] > TIE_ALARM:
                 lines.append(
-                    f"- {label}{name}: equal similarities decide {row['pessimistic']:.3f} to {row['optimistic']:.3f}."
+                    f"{label}{name}: equal similarities decide {row['pessimistic']:.3f} to {row['optimistic']:.3f}."
                 )
-            lines += [f"- {label}{name}: {note}." for note in row["notes"]]
+            lines += [f"{label}{name}: {note}." for note in row["notes"]]
     absent = [record.name for record in SETS if record.name not in data["sets"]]
     if absent:
-        lines.append(f"- Not run: {', '.join(absent)}; averages that need them are left out.")
-    return [*lines, ""] if lines else []
+        lines.append(f"Not run: {', '.join(absent)}; averages that need them are left out.")
+    return lines
 
 
 def _ability_table(results: Results, data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["ability", "trained"] + (["untrained", "gain"] if results.untrained else []) + ["chance"]
     # Published rows stand beside a score of the same benchmark only, never beside a stand-in's.
-    genuine = len(results.scores) == len(SETS) and all(s.tested.published_size for s in results.scores.values())
+    genuine = {record.name for record in SETS} <= set(data["sets"]) and not other_sizes(data["sets"])
     published = {f"{name} (paper)": published_scores()[name] for name in PUBLISHED_SHOWN} if genuine else {}
     rows = []
     for name in (*AVERAGES, *ABILITIES):
@@ -186,40 +191,14 @@ def ability_table(results: Results) -> Table:
 def radar(data: Mapping[str, Any]) -> Figure:
     """The nine abilities on nine axes: trained, untrained, chance. An ability that lacks a set is a gap.
 
-    The rim is the next fifth above the largest value, so that small scores can be told apart.
-
     Args:
         data: the content of a uvrb.json.
     """
     final = data["abilities"]
-    lines = [("chance", data["ability_chance"], "#8c8c8c", ":", 0.0)]
+    lines = [Line("chance", data["ability_chance"], "#8c8c8c", ":")]
     if "untrained" in data:
-        lines.append(("untrained", data["untrained"]["abilities"], "#d1813b", "--", 0.08))
-    lines.append((f"step {data['step']}" if data["step"] else "model", final, "#2a5caa", "-", 0.18))
-    largest = max(
-        [values[name] for _, values, *_ in lines for name in ABILITIES if values[name] is not None], default=1
-    )
-    rim = math.ceil(5 * max(largest, 0.01)) / 5
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
-    axes = figure.add_subplot(projection="polar")
-    assert isinstance(axes, PolarAxes)
-    axes.set_theta_offset(np.pi / 2)
-    axes.set_theta_direction(-1)
-    angles = np.linspace(0, 2 * np.pi, len(ABILITIES), endpoint=False)
-    around = np.append(angles, angles[0])
-    for label, values, colour, style, alpha in lines:
-        own = [values[name] for name in ABILITIES]
-        radii = np.array([np.nan if value is None else value for value in (*own, own[0])])
-        axes.plot(around, radii, style, color=colour, linewidth=2, label=label, marker="o", markersize=3.5)
-        axes.fill(around, np.nan_to_num(radii), color=colour, alpha=alpha, linewidth=0)
-    axes.set_xticks(angles, [f"{name}\n{_number(final[name])}" for name in ABILITIES], fontsize=11)
-    axes.tick_params(axis="x", pad=12)
-    rings = [rim * part / 4 for part in (1, 2, 3, 4)]
-    axes.set_ylim(0, rim)
-    axes.set_yticks(rings, [f"{ring:.2g}" for ring in rings], fontsize=8, color="#777777")
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.spines["polar"].set_color("#bbbbbb")
+        lines.append(Line("untrained", data["untrained"]["abilities"], "#d1813b", "--", 0.08))
+    lines.append(Line(f"step {data['step']}" if data["step"] else "model", final, "#2a5caa", "-", 0.18))
     average = final["AVG-A"]
-    figure.suptitle("UVRB abilities" + ("" if average is None else f", AVG-A {average:.3f}"), fontsize=13)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.12, 1.12), frameon=False, fontsize=9)
-    return figure
+    title = "UVRB abilities" + ("" if average is None else f", AVG-A {average:.3f}")
+    return draw_radar(lines, {name: f"{name}\n{_number(final[name])}" for name in ABILITIES}, title)

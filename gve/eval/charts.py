@@ -1,0 +1,226 @@
+"""Charts of reports as matplotlib figures, and figures as inline SVG.
+
+Colours are those of Okabe and Ito, which all readers can tell apart; lines also differ by marker and dash, so that a
+black-and-white print can be read.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.projections.polar import PolarAxes
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", "--", "-.", ":")
+INK, FRAME, GRID = "#222222", "#bbbbbb", "#dddddd"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series of a radar.
+
+    Args:
+        label: in the legend.
+        values: axis -> score; None is a gap.
+        colour, style: of matplotlib.
+        fill: opacity of its area, 0 for none.
+        marker: at each value.
+    """
+
+    label: str
+    values: Mapping[str, float | None]
+    colour: str
+    style: str = "-"
+    fill: float = 0.0
+    marker: str = "o"
+
+
+def colour_of(place: int) -> tuple[str, str, str]:
+    """(colour, dash, marker) of the series at a place; 32 differ."""
+    return COLOURS[place % len(COLOURS)], DASHES[place // len(COLOURS) % len(DASHES)], MARKERS[place % len(MARKERS)]
+
+
+def draw_radar(lines: Sequence[Line], axis_labels: Mapping[str, str], title: str = "") -> Figure:
+    """Scores on one axis per name. A missing value is a gap in its line.
+
+    The rim is the next fifth above the largest value, so that small scores can be told apart.
+
+    Args:
+        lines: drawn in this order, the last on top.
+        axis_labels: name of an axis -> what is written at it, clockwise from the top.
+    """
+    names = list(axis_labels)
+    known = [value for line in lines for name in names if (value := line.values[name]) is not None]
+    rim = math.ceil(5 * max([*known, 0.01])) / 5
+    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    axes = figure.add_subplot(projection="polar")
+    assert isinstance(axes, PolarAxes)
+    axes.set_theta_offset(np.pi / 2)
+    axes.set_theta_direction(-1)
+    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    around = np.append(angles, angles[0])
+    for line in lines:
+        own = [line.values[name] for name in names]
+        radii = np.array([np.nan if value is None else value for value in (*own, own[0])])
+        axes.plot(
+            around,
+            radii,
+            line.style,
+            color=line.colour,
+            linewidth=2,
+            label=line.label,
+            marker=line.marker,
+            markersize=4.5 if line.marker != "o" else 3.5,
+        )
+        if line.fill:
+            axes.fill(around, np.nan_to_num(radii), color=line.colour, alpha=line.fill, linewidth=0)
+    axes.set_xticks(angles, list(axis_labels.values()), fontsize=11)
+    axes.tick_params(axis="x", pad=12)
+    rings = [rim * part / 4 for part in (1, 2, 3, 4)]
+    axes.set_ylim(0, rim)
+    axes.set_yticks(rings, [f"{ring:.2g}" for ring in rings], fontsize=8, color="#777777")
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.spines["polar"].set_color(FRAME)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.12, 1.12), frameon=False, fontsize=9)
+    return figure
+
+
+def draw_heat_map(
+    rows: Sequence[str], columns: Sequence[str], values: np.ndarray, doubtful: np.ndarray, title: str = ""
+) -> Figure:
+    """Correlations in colour and number; orange below 0, purple above, grey italics where the interval holds 0.
+
+    Args:
+        rows, columns: names along the sides.
+        values: [rows, columns] in [-1, 1].
+        doubtful: [rows, columns] bool.
+    """
+    cell = 0.47
+    figure = Figure(figsize=(1.2 + cell * len(columns), 1.0 + cell * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(values, cmap="PuOr", norm=Normalize(-1.0, 1.0), aspect="equal")
+    for row in range(len(rows)):
+        for column in range(len(columns)):
+            value = values[row, column]
+            light = abs(value) > 0.72
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color="#ffffff" if light else "#666666" if doubtful[row, column] else INK,
+                style="italic" if doubtful[row, column] else "normal",
+            )
+    axes.set_xticks(range(len(columns)), list(columns), fontsize=9, rotation=90 if max(map(len, columns)) > 6 else 0)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
+    axes.spines[:].set_color(FRAME)
+    if title:
+        axes.set_title(title, fontsize=11, pad=10)
+    return figure
+
+
+def draw_differences(rows: Sequence[tuple[str, float, tuple[float, float]]], axis_label: str) -> Figure:
+    """A dot and its interval per row, against a line at 0; hollow where the interval holds 0.
+
+    Args:
+        rows: (name, difference, interval) from top to bottom.
+        axis_label: what the difference is of.
+    """
+    figure = Figure(figsize=(6.2, 0.6 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, value, (low, high)) in enumerate(rows):
+        clear = low > 0 or high < 0
+        colour = COLOURS[0] if value >= 0 else COLOURS[1]
+        axes.plot([low, high], [place, place], color=colour, linewidth=1.8, solid_capstyle="butt")
+        axes.plot([value], [place], "o", color=colour, markerfacecolor=colour if clear else "white", markersize=5.5)
+    axes.axvline(0, color="#555555", linewidth=1)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=9)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:+.2f}"))
+    axes.set_xlabel(axis_label, fontsize=9)
+    axes.grid(axis="x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(FRAME)
+    return figure
+
+
+def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]], label: str) -> Figure:
+    """Small multiples: score against a setting on a logarithmic axis, with its interval as a band.
+
+    Args:
+        panels: title -> series -> points (setting, score, low, high) by rising setting.
+        label: of the setting.
+    """
+    across = min(4, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(2.75 * across, 2.05 * down + 0.5), layout="constrained")
+    series = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    handles: dict[str, Any] = {}
+    for number, (title, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(down, across, number)
+        places = sorted({point[0] for points in lines.values() for point in points})
+        for name, points in lines.items():
+            colour, dash, marker = colour_of(series.index(name))
+            setting, score, low, high = np.array(points).T
+            (handles[name],) = axes.plot(setting, score, dash, color=colour, marker=marker, markersize=4, linewidth=1.6)
+            axes.fill_between(setting, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(places))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}"))
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(FRAME)
+        if number > len(panels) - across:
+            axes.set_xlabel(label, fontsize=9)
+    if len(series) > 1:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as one SVG element for a page.
+
+    Text stays text (searchable, in the page's font); ids are made unique by `name`, since several charts share a page;
+    equal figures give equal text.
+
+    Args:
+        name: of letters, digits and hyphens, unique on the page.
+        description: what a screen reader says.
+    """
+    draft = io.StringIO()
+    font = {"font.family": "sans-serif", "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"]}
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, **font}):
+        figure.savefig(draft, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    svg = draft.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    width, height = (72 * size for size in figure.get_size_inches())
+    head = f'<svg class="chart" role="img" aria-label="{html.escape(description)}" style="width:{width:.0f}pt;'
+    head += f'max-width:100%;height:auto" viewBox="0 0 {width:.6g} {height:.6g}"'
+    head += ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return head + svg[svg.index(">") + 1 :].rstrip()
