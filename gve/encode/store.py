@@ -56,6 +56,19 @@ class EmbeddingStore:
     def __getitem__(self, key: str) -> np.ndarray:
         return self._vectors[key]
 
+    def adopt(self, other: EmbeddingStore, items: Sequence[Item], *, write: bool = True) -> None:
+        """Takes what another store has of the items, as found and not encoded: vectors that must be equal in both.
+
+        Args:
+            other: of the same weights under other frames, say, where the items are texts.
+            write: as in `add`.
+        """
+        keys = [key for key in dict.fromkeys(map(item_key, items)) if key in other and key not in self]
+        if keys:
+            before = self.added
+            self.add(keys, np.stack([other[key] for key in keys]), write=write)
+            self.added = before
+
     def add(self, keys: Sequence[str], vectors: np.ndarray, *, write: bool = True) -> None:
         """Keeps [N, D] vectors; in the folder too, if there is one and this process is to write."""
         self._vectors |= dict(zip(keys, vectors, strict=True))

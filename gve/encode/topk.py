@@ -149,11 +149,13 @@ class Ranking:
         counts: where the best positive of each query stands.
         nearest: [Q, k] int64, corpus rows by falling similarity, -1 beyond the end of a pool.
         similarities: [Q, k] float32, -inf there.
+        num_distinct: different vectors of the corpus, those of unread items not counted; 1 is a collapsed model.
     """
 
     counts: RankCounts
     nearest: np.ndarray
     similarities: np.ndarray
+    num_distinct: int
 
 
 def search(
@@ -196,7 +198,8 @@ def search(
                 greater[query] = np.count_nonzero(candidates > best)
                 tied[query] = np.count_nonzero(candidates == best)
             tied_positives[query] = np.count_nonzero(own == best)
-    return Ranking(RankCounts(greater, tied, tied_positives), nearest.rows, nearest.similarities)
+    num_distinct = int(np.count_nonzero(np.isfinite(items.vectors[items.first, 0])))
+    return Ranking(RankCounts(greater, tied, tied_positives), nearest.rows, nearest.similarities, num_distinct)
 
 
 class _Nearest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ import numpy as np
 
 from gve.encode.encoder import Encoder
 from gve.encode.store import EmbeddingStore, encode_items
-from gve.encode.topk import RankCounts, rank_counts, top_k
+from gve.encode.topk import RankCounts, search
 from gve.eval.ablation import PixelAblation, ablated_queries, concerns, pixels_of
 from gve.eval.retrieval import chance_recall_at_k, optimistic_recall_at_k, pessimistic_recall_at_k, recall_at_k
 from gve.eval.statistics import bootstrap_means, score_interval
 from gve.eval.uvrb import RetrievalSet
 
-NEAREST = 10  # retrieved items kept for each query, to look at what went wrong
+NEAREST = 10  # retrieved items kept for each query unless told: enough for every metric, and to see what went wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +28,11 @@ class SetScore:
     Args:
         tested: the set.
         counts: where the best positive of each query stands.
-        nearest: [Q, 10] int64, corpus rows by falling similarity, -1 beyond the end of a pool.
-        similarities: [Q, 10] float32.
+        nearest: [Q, depth] int64, corpus rows by falling similarity, -1 beyond the end of a pool.
+        similarities: [Q, depth] float32.
         unread: name of a file or item -> why it could not be encoded.
+        num_distinct: different vectors among those of the corpus.
+        whole_corpus: of a set with pools, the same queries ranked against every item; it enters no average.
     """
 
     tested: RetrievalSet
@@ -37,6 +40,8 @@ class SetScore:
     nearest: np.ndarray
     similarities: np.ndarray
     unread: dict[str, str]
+    num_distinct: int
+    whole_corpus: SetScore | None = None
 
     @cached_property
     def hits(self) -> np.ndarray:
@@ -64,6 +69,13 @@ class SetScore:
     def complete(self) -> bool:
         """Whether it may enter an average: all items were read, and the pools are the protocol's."""
         return not self.unread and self.tested.record.pooled == (self.tested.pools is not None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know before the number: deviations from the protocol, and a model that sees nothing."""
+        if self.num_distinct == 1 < len(self.tested.corpus):
+            return (*self.tested.notes, "every item of the corpus has the same embedding: the score is chance")
+        return self.tested.notes
 
     @cached_property
     def clusters(self) -> np.ndarray:
@@ -108,6 +120,8 @@ def evaluate(
     store: EmbeddingStore | None = None,
     *,
     ablation: str = "",
+    whole_corpus: bool = False,
+    depth: int = NEAREST,
     progress: str = "",
 ) -> dict[str, SetScore]:
     """Scores the sets; a collective where ranks exist, with the same result on all of them.
@@ -119,6 +133,8 @@ def evaluate(
         sets: what to run.
         store: of this encoder's fingerprint; None keeps vectors for this call alone.
         ablation: one of ABLATIONS; sets it says nothing about are left out. Empty: as they are.
+        whole_corpus: rank the queries of sets with pools against their whole corpus too.
+        depth: retrieved items kept for each query.
         progress: title of the progress bar on rank 0; no bar when empty.
 
     Returns:
@@ -133,33 +149,28 @@ def evaluate(
         groups.setdefault(pixels_of(ablation, tested), []).append(tested)
     scores: dict[str, SetScore] = {}
     for transform, group in groups.items():
-        scores |= _evaluate_group(encoder, group, store, ablation, transform, progress)
+        queries = [ablated_queries(ablation, tested) for tested in group]
+        items = [item for own, tested in zip(queries, group, strict=True) for item in (*own, *tested.corpus)]
+        encoded = encode_items(encoder, items, store, transform=transform, progress=progress)
+        start = 0
+        for tested in group:
+            end = start + len(tested.queries) + len(tested.corpus)
+            unread = {
+                ", ".join(medium.name for medium in items[row].media) or items[row].id: reason
+                for row, reason in encoded.failures.items()
+                if start <= row < end
+            }
+            score = _score(tested, encoded.vectors[start:end], unread, depth)
+            if whole_corpus and tested.pools is not None:
+                alone = _score(dataclasses.replace(tested, pools=None), encoded.vectors[start:end], unread, 0)
+                score = dataclasses.replace(score, whole_corpus=alone)
+            scores[tested.record.name] = score
+            start = end
     return {tested.record.name: scores[tested.record.name] for tested in sets}
 
 
-def _evaluate_group(
-    encoder: Encoder,
-    sets: Sequence[RetrievalSet],
-    store: EmbeddingStore,
-    ablation: str,
-    transform: PixelAblation | None,
-    progress: str,
-) -> dict[str, SetScore]:
-    queries = [ablated_queries(ablation, tested) for tested in sets]
-    items = [item for own, tested in zip(queries, sets, strict=True) for item in (*own, *tested.corpus)]
-    encoded = encode_items(encoder, items, store, transform=transform, progress=progress)
-    scores = {}
-    start = 0
-    for tested in sets:
-        middle, end = start + len(tested.queries), start + len(tested.queries) + len(tested.corpus)
-        query, corpus = encoded.vectors[start:middle], encoded.vectors[middle:end]
-        nearest, similarities = top_k(query, corpus, NEAREST, tested.pools)
-        unread = {
-            ", ".join(medium.name for medium in items[row].media) or items[row].id: reason
-            for row, reason in encoded.failures.items()
-            if start <= row < end
-        }
-        counts = rank_counts(query, corpus, tested.positives, tested.pools)
-        scores[tested.record.name] = SetScore(tested, counts, nearest, similarities, unread)
-        start = end
-    return scores
+def _score(tested: RetrievalSet, vectors: np.ndarray, unread: dict[str, str], depth: int) -> SetScore:
+    """The score of [Q + C, D] vectors, queries first."""
+    query, corpus = vectors[: len(tested.queries)], vectors[len(tested.queries) :]
+    found = search(query, corpus, tested.positives, depth, tested.pools)
+    return SetScore(tested, found.counts, found.nearest, found.similarities, unread, found.num_distinct)

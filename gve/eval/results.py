@@ -107,22 +107,29 @@ class Results:
         return out
 
     def _rows(self, scores: Scores) -> dict[str, dict[str, Any]]:
-        return {
-            name: {
-                "metric": score.tested.record.metric,
-                "value": score.value,
-                "interval": list(score.interval(self.resamples)),
-                "optimistic": score.optimistic,
-                "pessimistic": score.pessimistic,
-                "chance": score.chance,
-                "n_query": len(score.tested.queries),
-                "n_corpus": len(score.tested.corpus),
-                "n_candidates": len(score.tested.pools[0]) if score.tested.pools else len(score.tested.corpus),
+        rows = {}
+        for name, score in scores.items():
+            rows[name] = {
+                **self._row(score),
                 "complete": score.complete,
                 "missing": [f"{item}: {reason}" for item, reason in sorted(score.unread.items())],
-                "notes": list(score.tested.notes),
+                "notes": list(score.notes),
             }
-            for name, score in scores.items()
+            if (whole := score.whole_corpus) is not None:
+                rows[name]["whole_corpus"] = self._row(whole) | {"metric": f"recall_at_{whole.tested.record.k}"}
+        return rows
+
+    def _row(self, score: SetScore) -> dict[str, Any]:
+        return {
+            "metric": score.tested.record.metric,
+            "value": score.value,
+            "interval": list(score.interval(self.resamples)),
+            "optimistic": score.optimistic,
+            "pessimistic": score.pessimistic,
+            "chance": score.chance,
+            "n_query": len(score.tested.queries),
+            "n_corpus": len(score.tested.corpus),
+            "n_candidates": len(score.tested.pools[0]) if score.tested.pools else len(score.tested.corpus),
         }
 
     def _ability_rows(self, scores: Scores) -> dict[str, Any]:
@@ -282,8 +289,8 @@ class SavedScore:
         greater: [Q] int64, candidates above the best positive.
         tied: [Q] int64, candidates level with it, itself among them.
         tied_positives: [Q] int64, the positives among `tied`; 0 where no positive could be read.
-        nearest: [Q, 10] int64, corpus rows by falling similarity, -1 beyond the end of a pool.
-        similarities: [Q, 10] float32, -inf there.
+        nearest: [Q, 10 or more] int64, corpus rows by falling similarity, -1 beyond the end of a pool.
+        similarities: float32 of that shape, -inf there.
     """
 
     row: Mapping[str, Any]
