@@ -1,4 +1,4 @@
-"""`gve uvrb list | prepare | check | run | compare | report`."""
+"""`gve uvrb list | prepare | check | run | compare | report | import-mteb`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-MODULES = ("data", "run", "report")
+MODULES = ("data", "run", "report", "neighbours")
 
 
 def main(argv: Sequence[str]) -> int:
