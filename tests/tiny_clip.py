@@ -33,6 +33,7 @@ VISION = {
     "num_attention_heads": 2,
     "image_size": SIDE,
     "patch_size": 16,
+    "projection_dim": DIM,
     "initializer_factor": 5.0,
 }
 
@@ -43,9 +44,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     pairs.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<unk>", "<pad>", "<s>", "</s>"]
     pairs.train_from_iterator(SENTENCES, trainers.BpeTrainer(special_tokens=special, vocab_size=TEXT["vocab_size"]))
-    pairs.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)]
-    )
+    pairs.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=pairs,
         unk_token="<unk>",

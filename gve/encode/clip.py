@@ -103,7 +103,9 @@ class _Prepare:
                     raise InputError(f"{part.name or 'a clip'} was not decoded to frames")
                 frames = list(part.source.pixels)
                 if self.clip_frames and len(frames) != self.clip_frames:
-                    raise InputError(f"{part.name or 'a clip'} has {len(frames)} frames, the model needs {self.clip_frames}")
+                    raise InputError(
+                        f"{part.name or 'a clip'} has {len(frames)} frames, the model needs {self.clip_frames}"
+                    )
             else:
                 frames = [np.asarray(part.source)] * max(1, self.clip_frames)
             pictures.append(dict(self.images(frames, return_tensors="pt", input_data_format="channels_last")))
@@ -147,9 +149,7 @@ class ClipEncoder:
                 )
             sampling = Sampling.uniform(clip_frames)
         self.text_length = int(model.config.text_config.max_position_embeddings)
-        self.decoding = Decoding(
-            sampling or UVRB_FRAMES, _Prepare(images, clip_frames), batch_pictures, num_workers
-        )
+        self.decoding = Decoding(sampling or UVRB_FRAMES, _Prepare(images, clip_frames), batch_pictures, num_workers)
         self.images = images
 
     @classmethod
@@ -187,16 +187,13 @@ class ClipEncoder:
             raise InputError(f"model {name!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
         _usage(config.model_type)
         try:
-            model, report = transformers.AutoModel.from_pretrained(
-                name, dtype=getattr(torch, dtype), output_loading_info=True
-            )
+            model = _load(name, getattr(torch, dtype))
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             images = _image_processor(name, config)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise InputError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-        absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])} - NOT_TRAINED)
-        if absent:
-            raise InputError(f"model {name!r} lacks {len(absent)} weights, for example {absent[0]}; they would be random")
         return cls(
             model.to(device),
             tokenizer,
@@ -291,6 +288,19 @@ class ClipEncoder:
         return {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in moved.items()}
 
 
+def _load(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its report warns of a missing scale; what matters is checked below
+    try:
+        model, report = transformers.AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])} - NOT_TRAINED)
+    if absent:
+        raise InputError(f"model {name!r} lacks {len(absent)} weights, for example {absent[0]}; they would be random")
+    return model
+
+
 def _pooled(output: Any) -> torch.Tensor:
     """The projected vectors; transformers 5 wraps them."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
@@ -315,6 +325,4 @@ def _image_processor(name: str, config: Any) -> Any:
         if config.model_type != "clip":
             raise
     side = config.vision_config.image_size
-    return transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    )
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

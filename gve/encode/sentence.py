@@ -196,7 +196,9 @@ class SentenceEncoder:
                 kind = _kind(part, video)
                 content += [{"type": kind, kind: piece} for piece in pieces]
             return [[{"role": "user", "content": content}]]
-        return [[{_kind(part, video): piece} for piece in pieces] for part, pieces in zip(item.parts, shown, strict=True)]
+        return [
+            [{_kind(part, video): piece} for piece in pieces] for part, pieces in zip(item.parts, shown, strict=True)
+        ]
 
     def _vectors(self, inputs: Sequence[dict[str, Any]], query: Query) -> np.ndarray:
         """[n, D] float32 unit rows."""
@@ -204,7 +206,9 @@ class SentenceEncoder:
         options: dict[str, Any] = {"prompt": query[1]} if query[1] else {}
         if "video" in inputs[0]:
             options["processing_kwargs"] = {"video": {"do_sample_frames": False}}
-        vectors = call(list(inputs), batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True, **options)
+        vectors = call(
+            list(inputs), batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True, **options
+        )
         return _unit(vectors.float().cpu().numpy())
 
 
