@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 
 from gve.encode.encoder import BackboneEncoder, Execution, LoadedEncoder
+from gve.encode.mllm import RECIPES, MLLMEncoder
+from gve.encode.mllm.recipes import family_of, recipe_named, untrained_recipe
 from gve.inputs import InputBuilder, InputPolicy
 from gve.items import InputError
 from gve.model.backbone import Backbone, Lora
 from gve.video import Sampling
 
-ADAPTERS = ("auto", "gve", "clip", "sentence-transformers")
+ADAPTERS = ("auto", "gve", *RECIPES, "clip", "sentence-transformers")
 
 
 def load_encoder(
@@ -32,9 +35,9 @@ def load_encoder(
 
     Args:
         name: a file is a checkpoint of `gve fit`; anything else a model: local folder or hub name.
-        adapter: how the model is used: "gve" (Qwen2.5-VL by the project's input policy), "clip" (dual encoders),
-            "sentence-transformers". "auto" decides by the model's files.
-        base: where a checkpoint's base lies now; the place it was trained from when empty.
+        adapter: how the model is used: "gve" (Qwen2.5-VL by the project's input policy), a recipe of `gve.encode.mllm`,
+            "clip" (dual encoders), "sentence-transformers". "auto" decides by the model's name and files.
+        base: where the base of a checkpoint or of a LoRA adapter lies now; the place it was trained from when empty.
         inputs: None takes the model's own settings (a checkpoint's policy, a model's published usage). A mapping
             changes single fields of them, named as in `InputPolicy`: `sampling`, `max_frame_tokens`,
             `max_image_tokens`, `max_length` are understood by every model that has such a thing. A whole
@@ -54,6 +57,8 @@ def load_encoder(
         adapter = _adapter_of(name, files)
     if adapter == "gve":
         return _backbone(name, base, inputs, execution)
+    if adapter in RECIPES:
+        return MLLMEncoder.from_pretrained(name, RECIPES[adapter], base=base, inputs=inputs, execution=execution)
     from gve.encode.clip import ClipEncoder
     from gve.encode.sentence import SentenceEncoder
 
@@ -72,7 +77,7 @@ class ModelFiles:
     """What a model's small files say, before any weight is read.
 
     Args:
-        config: content of config.json; empty where there is none.
+        config: content of config.json, or of adapter_config.json where it stands alone; empty where there is neither.
         folder: where the files lie: the folder itself, or the snapshot of a hub name in the cache.
     """
 
@@ -93,7 +98,7 @@ class ModelFiles:
         from transformers.utils import cached_file
 
         found = None
-        for file in ("config.json", "modules.json"):
+        for file in ("config.json", "adapter_config.json", "modules.json"):
             try:
                 found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
             except (OSError, ValueError) as error:
@@ -104,31 +109,43 @@ class ModelFiles:
             raise InputError(f"model {name!r} has neither config.json nor modules.json: it is no model of transformers")
         path = Path(found)
         try:
-            config = json.loads(path.read_text()) if path.name == "config.json" else {}
+            config = {} if path.name == "modules.json" else json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"model {name!r}: {path} is no JSON ({error})") from None
         return cls(config, path.parent)
 
 
 def _adapter_of(name: str, files: ModelFiles) -> str:
-    """The adapter that a model's files ask for.
+    """The adapter that a model's name or files ask for.
+
+    A name comes first: repositories of these models carry files for sentence-transformers too, with other prompts.
 
     Raises:
         InputError: none is made for them.
     """
-    config = dict(files.config)
-    if config.get("model_type") == "qwen2_5_vl":
-        return "gve"
     from gve.encode.clip import ClipEncoder
     from gve.encode.sentence import SentenceEncoder
 
+    config = dict(files.config)
+    model_type = config.get("model_type", "")
+    if recipe := recipe_named(name):
+        return recipe.name
+    if model_type == "qwen2_5_vl":
+        return "gve"
     if SentenceEncoder.matches(config, files.folder):
         return "sentence-transformers"
     if ClipEncoder.matches(config, files.folder):
         return "clip"
+    if family_of(model_type):
+        recipe = untrained_recipe(name, model_type)
+        warnings.warn(
+            f"model {name!r} is known by its architecture alone and is read as an untrained base (adapter "
+            f"{recipe.name}): name its own adapter if it is one of {', '.join(RECIPES)}",
+            stacklevel=3,
+        )
+        return recipe.name
     raise InputError(
-        f"model {name!r} is a {config.get('model_type')!r}: no adapter is made for it; choose one of "
-        f"{', '.join(ADAPTERS[1:])}"
+        f"model {name!r} is a {model_type!r}: no adapter is made for it; choose one of {', '.join(ADAPTERS[1:])}"
     )
 
 

@@ -4,7 +4,7 @@ The only place that knows templates, pixels and the pooled token. Training, eval
 their inputs here, from one `InputPolicy` that is stored with every checkpoint.
 """
 
-from gve.inputs.builder import InputBuilder, Prepared
+from gve.inputs.builder import InputBuilder, Prepared, collate
 from gve.inputs.patches import VisionInput, patchify, smart_size
 from gve.inputs.policy import InputPolicy, VisionGeometry
 from gve.inputs.positions import VisionSpan, grid_times, mrope_positions
@@ -16,6 +16,7 @@ __all__ = [
     "VisionGeometry",
     "VisionInput",
     "VisionSpan",
+    "collate",
     "grid_times",
     "mrope_positions",
     "patchify",

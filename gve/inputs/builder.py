@@ -14,7 +14,7 @@ import torch
 
 from gve import video
 from gve.inputs.patches import VisionInput, patchify, smart_size
-from gve.inputs.policy import InputPolicy, VisionGeometry
+from gve.inputs.policy import InputPolicy, PaddingSide, VisionGeometry
 from gve.inputs.positions import VisionSpan, grid_times, mrope_positions
 from gve.items import EmbedBatch, Frames, Image, InputError, Item, Video
 
@@ -180,37 +180,7 @@ class InputBuilder:
         Raises:
             InputError: nothing to join.
         """
-        if not prepared:
-            raise InputError("a batch needs at least one item")
-        lengths = torch.tensor([len(p.ids) for p in prepared])
-        rows, longest = len(prepared), int(lengths.max())
-        left = self.policy.padding_side == "left"
-        ids = torch.full((rows, longest), self._pad)
-        mask = torch.zeros(rows, longest, dtype=torch.int64)
-        positions = torch.full((3, rows, longest), PAD_POSITION)
-        for row, one in enumerate(prepared):
-            place = slice(longest - len(one.ids), longest) if left else slice(0, len(one.ids))
-            ids[row, place] = one.ids
-            mask[row, place] = 1
-            positions[:, row, place] = one.positions
-        images = [vision for one in prepared for vision in one.images]
-        videos = [vision for one in prepared for vision in one.videos]
-        return EmbedBatch(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            pool_index=torch.full((rows,), longest - 1) if left else lengths - 1,
-            content_ids=torch.tensor([one.content_id for one in prepared], dtype=torch.int64),
-            valid=torch.tensor([one.valid for one in prepared]),
-            image_patches=torch.cat([vision.patches for vision in images]) if images else None,
-            image_grid=torch.tensor([vision.grid for vision in images]) if images else None,
-            image_keys=tuple(vision.key for vision in images),
-            image_rows=tuple(row for row, one in enumerate(prepared) for _ in one.images),
-            video_patches=torch.cat([vision.patches for vision in videos]) if videos else None,
-            video_grid=torch.tensor([vision.grid for vision in videos]) if videos else None,
-            video_keys=tuple(vision.key for vision in videos),
-            video_rows=tuple(row for row, one in enumerate(prepared) for _ in one.videos),
-        )
+        return collate(prepared, self._pad, self.policy.padding_side)
 
     def __call__(self, items: Sequence[Item]) -> EmbedBatch:
         """A batch of items; an unreadable one raises (see `prepare`)."""
@@ -302,6 +272,50 @@ class InputBuilder:
             else (policy.min_frame_tokens, policy.max_frame_tokens)
         )
         return smart_size(height, width, self.geometry.factor, low * area, high * area)
+
+
+def collate(prepared: Sequence[Prepared], pad_token: int, padding_side: PaddingSide = "right") -> EmbedBatch:
+    """Pads to the longest and joins.
+
+    Args:
+        prepared: items of one model.
+        pad_token: id that fills up.
+        padding_side: where it stands.
+
+    Raises:
+        InputError: nothing to join.
+    """
+    if not prepared:
+        raise InputError("a batch needs at least one item")
+    lengths = torch.tensor([len(p.ids) for p in prepared])
+    rows, longest = len(prepared), int(lengths.max())
+    left = padding_side == "left"
+    ids = torch.full((rows, longest), pad_token)
+    mask = torch.zeros(rows, longest, dtype=torch.int64)
+    positions = torch.full((3, rows, longest), PAD_POSITION)
+    for row, one in enumerate(prepared):
+        place = slice(longest - len(one.ids), longest) if left else slice(0, len(one.ids))
+        ids[row, place] = one.ids
+        mask[row, place] = 1
+        positions[:, row, place] = one.positions
+    images = [vision for one in prepared for vision in one.images]
+    videos = [vision for one in prepared for vision in one.videos]
+    return EmbedBatch(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        pool_index=torch.full((rows,), longest - 1) if left else lengths - 1,
+        content_ids=torch.tensor([one.content_id for one in prepared], dtype=torch.int64),
+        valid=torch.tensor([one.valid for one in prepared]),
+        image_patches=torch.cat([vision.patches for vision in images]) if images else None,
+        image_grid=torch.tensor([vision.grid for vision in images]) if images else None,
+        image_keys=tuple(vision.key for vision in images),
+        image_rows=tuple(row for row, one in enumerate(prepared) for _ in one.images),
+        video_patches=torch.cat([vision.patches for vision in videos]) if videos else None,
+        video_grid=torch.tensor([vision.grid for vision in videos]) if videos else None,
+        video_keys=tuple(vision.key for vision in videos),
+        video_rows=tuple(row for row, one in enumerate(prepared) for _ in one.videos),
+    )
 
 
 def _file(part: Video) -> str | Path | bytes:

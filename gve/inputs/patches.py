@@ -79,7 +79,13 @@ def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
 
 
 def patchify(
-    frames: np.ndarray, height: int, width: int, geometry: VisionGeometry
+    frames: np.ndarray,
+    height: int,
+    width: int,
+    geometry: VisionGeometry,
+    *,
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN,
+    pixel_std: tuple[float, ...] = PIXEL_STD,
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Resize, normalise and cut frames into patches.
 
@@ -87,6 +93,7 @@ def patchify(
         frames: [T, H, W, 3] uint8 RGB; T is a multiple of the temporal patch, or 1 for an image, which is repeated.
         height, width: size to resize to, multiples of the geometry's factor (see `smart_size`).
         geometry: of the base model.
+        pixel_mean, pixel_std: of the three colours on a scale of 0 to 1.
 
     Returns:
         (patches [t*h*w, 3 * temporal_patch * patch**2] float32, grid (t, h, w) in patches). Patches that merge into
@@ -111,6 +118,6 @@ def patchify(
     blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     # Gathered as bytes, then widened: a quarter of the memory traffic.
     patches = blocks.reshape(t * h * w, 3, steps * patch * patch).to(torch.float32)
-    mean = torch.tensor(PIXEL_MEAN, dtype=torch.float32).view(3, 1) * 255
-    std = torch.tensor(PIXEL_STD, dtype=torch.float32).view(3, 1) * 255
+    mean = torch.tensor(pixel_mean, dtype=torch.float32).view(3, 1) * 255
+    std = torch.tensor(pixel_std, dtype=torch.float32).view(3, 1) * 255
     return patches.sub_(mean).div_(std).flatten(1), (t, h, w)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import peft
 import torch
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
         elif base.endswith(".json") or base in _architectures():
             raise InputError(f"base {base!r} is a configuration without weights; set from_scratch to make random ones")
         else:
-            model = _load(base, options)
+            model = load_weights(transformers.Qwen2_5_VLModel, base, options)
         return cls(model, lora, gradient_checkpointing=gradient_checkpointing, feature_cache_bytes=feature_cache_bytes)
 
     def media_features(self, *batches: EmbedBatch | None, max_tokens: int = 0) -> Features:
@@ -395,13 +395,26 @@ def _config(base: str) -> transformers.Qwen2_5_VLConfig:
     return config
 
 
-def _load(base: str, options: Mapping[str, object]) -> transformers.Qwen2_5_VLModel:
+Stock = TypeVar("Stock", bound=transformers.PreTrainedModel)
+
+
+def load_weights(kind: type[Stock], base: str, options: Mapping[str, object]) -> Stock:
+    """A stock model without its LM head, with every weight from the files.
+
+    Args:
+        kind: class of transformers.
+        base: hub name or local folder.
+        options: of its `from_pretrained`.
+
+    Raises:
+        InputError: no such model; weights are missing, of another shape, or left over.
+    """
     verbosity, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     # Its report warns of the LM head, which is left out on purpose; what matters is checked below.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model, report = transformers.Qwen2_5_VLModel.from_pretrained(base, output_loading_info=True, **options)
+        model, report = kind.from_pretrained(base, output_loading_info=True, **options)
     except OSError as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"the weights of base {base!r} cannot be loaded ({reason})") from None
