@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 from gve.encode.encoder import Encoded, Encoder, Transform, item_key
 from gve.encode.ranks import gather_rows, union, world
 from gve.items import Image, InputError, Item, Video
+
+_log = logging.getLogger(__name__)
 
 # Distinct items that one call of an encoder gets, at most: what an interruption costs a rank. It holds several batches
 # of clips, so that decode workers do not run dry; a small job is cut finer, so that up to eight ranks have work.
@@ -131,6 +134,8 @@ def encode_items(
         shares = wanted[turn : turn + size]
         own = shares[rank] if rank < len(shares) else []
         title = _title(progress, done, len(lacking), time.monotonic() - start) if rank == 0 else ""
+        if title:
+            _log.info(title)
         result = Encoded(np.empty((0, encoder.dim), np.float32))
         if own:
             result = encoder.encode([items[first[key]] for key in own], transform=transform, progress=title)
