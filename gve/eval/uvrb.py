@@ -179,7 +179,7 @@ class UVRBReader:
         record = find_record(name)
         folder = self.root / record.name
         digest = hashlib.sha256()
-        listings = {kind: _rows(folder / "jsonl" / f"{kind}.jsonl", digest) for kind in LISTINGS}
+        listings = {kind: listing_rows(folder / "jsonl" / f"{kind}.jsonl", digest) for kind in LISTINGS}
         queries = self._items(folder, listings["queries"], record.instruction)
         corpus = self._items(folder, listings["corpus"], "")
         for item in queries:
@@ -234,8 +234,12 @@ MEDIA_KEYS: tuple[tuple[str, type[Image] | type[Video]], ...] = (("image", Image
 MEDIA_FOLDERS = (".", "videos", "images")
 
 
-def _rows(path: Path, digest: Any) -> list[dict[str, Any]]:
-    """The objects of a jsonl file, whose bytes go into the digest."""
+def listing_rows(path: Path, digest: Any) -> list[dict[str, Any]]:
+    """The objects of a jsonl file, whose lines go into the digest.
+
+    Raises:
+        InputError: the file cannot be read, or a line is no JSON object.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:

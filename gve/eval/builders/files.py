@@ -20,6 +20,7 @@ from gve.items import InputError
 Row = dict[str, Any]
 
 # Files beside the clips that are no clips. What a video is, its content decides later; this keeps names apart.
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _NO_MEDIA = frozenset({".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".md", ".tar", ".gz", ".zip", ".npz"})
 
 
@@ -203,6 +204,10 @@ def stem(name: str) -> str:
     return folder + slash + (base.rpartition(".")[0] or base)
 
 
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGES)
+
+
 class MediaFolder:
     """Clips on the user's disk, found by the names that annotations give them.
 
@@ -249,7 +254,7 @@ class MediaFolder:
         folder, _, base = name.rpartition("/")
         flat = name.replace("/", "_")
         for key in (base, stem(base), flat, stem(flat)):
-            fitting = self._places.get(key, [])
+            fitting = [path for path in self._places.get(key, ()) if _is_image(path) == _is_image(name)]
             if not unique and key in (base, stem(base)) and key not in (flat, stem(flat)):
                 own = folder.rpartition("/")[2]
                 fitting = [path for path in fitting if path.split("/")[-2:-1] == [own]]
