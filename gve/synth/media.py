@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gve.data.manifest import write_atomically
 from gve.items import Image, Item, Part, Text, Video
+from gve.synth.leases import replace_file
 from gve.synth.records import WeakPair
 from gve.synth.units import Row
 from gve.video import MediaError
@@ -51,7 +51,7 @@ class MediaStore:
         path = self._folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+            replace_file(path, data, durable=True)
         return {"made": name, "sha256": digest}
 
     def video(self, locator: Mapping[str, Any]) -> Video:

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from gve.synth.records import Reject, Reply, Request
@@ -144,7 +144,8 @@ class Stage(Protocol):
     """A step that needs no captioner. Its class is built as `Class(options, context)`.
 
     Attributes:
-        Options: frozen dataclass; its fields are the keys of the step's section in the configuration.
+        Options: frozen dataclass; its fields are the keys of the step's section in the configuration. Those that decide
+            nothing (processes, batch size) are marked by `execution(default)`.
         scope: "unit": `run` sees rows of one or several work units as they are claimed, in any number of processes; it
             must not depend on their order or on what else is in the stream, and what it has answered survives a kill.
             "run": it sees all rows of the run, in order, in one process; `rows` may be read several times; killed, it
@@ -156,8 +157,9 @@ class Stage(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """What decides its answers, in plain values: options, hashes of prompts, model, sampling. A run folder that
-        was begun with another one is refused, by the name of the first entry that differs."""
+        """What else than its options decides its answers, in plain values: hashes of prompts, model, sampling. A folder that
+        that was begun with another value is refused, by name.
+        """
 
     def run(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """One outcome for each row. Scope "unit": in any order, and rows should be drawn as they are needed.
@@ -220,6 +222,17 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def with_usage(outcome: Outcome, usage: Usage) -> Outcome:
-    """The outcome with what was asked for it."""
-    return replace(outcome, usage=usage)
+def execution(default: Any) -> Any:
+    """Default of an option that says how a step runs (processes, batch size) and decides nothing of what it gives."""
+    return field(default=default, metadata={"execution": True})
+
+
+def deciding(options: Any) -> dict[str, Any]:
+    """The options of a step that decide what it gives, as plain JSON values."""
+    own = fields(options)
+    values = {item.name: getattr(options, item.name) for item in own if not item.metadata.get("execution")}
+    return json.loads(json.dumps(values, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return {item.name: getattr(value, item.name) for item in fields(value)} if is_dataclass(value) else str(value)
