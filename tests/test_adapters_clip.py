@@ -15,7 +15,6 @@ import PIL.Image
 import pytest
 import torch
 import transformers
-from tiny_clip import LENGTH, SIDE, clip, tokenizer, write_dual_encoder, write_video
 
 from gve.encode.clip import FAMILIES, ClipEncoder
 from gve.encode.pretrained import load_encoder
@@ -23,6 +22,7 @@ from gve.encode.store import EmbeddingStore, encode_items
 from gve.eval.ablation import PixelAblation
 from gve.items import Frames, Image, InputError, Item, Text, Video
 from gve.video import Sampling, decode
+from tiny_clip import LENGTH, SIDE, clip, tokenizer, write_dual_encoder, write_video
 
 LONG = "a red circle moves left then right and a blue square stays " * 4
 
@@ -126,7 +126,7 @@ def test_clip4clip_repository_without_image_processor(tmp_path: Path) -> None:
         picture = PIL.Image.fromarray(pixels)
         wide = int(SIDE * picture.width / picture.height)
         picture = picture.resize((wide, SIDE), PIL.Image.Resampling.BICUBIC)
-        left = int(round((wide - SIDE) / 2.0))
+        left = round((wide - SIDE) / 2.0)
         cropped = np.asarray(picture.crop((left, 0, left + SIDE, SIDE)))
         rows.append(((torch.from_numpy(cropped.copy()) / 255 - mean) / std).permute(2, 0, 1))
     vision = transformers.CLIPVisionModelWithProjection.from_pretrained(folder).eval()
@@ -148,7 +148,7 @@ def test_files_workers_batches_and_failures(folders: dict[str, str], tmp_path: P
         Item.of(image=tmp_path / "a.png"),
         Item.of(LONG),
         Item.of("a square", video=tmp_path / "gone.mp4"),
-        *[Item.of(f"square {word}") for word in "one two three four five".split()],
+        *[Item.of(f"square {word}") for word in ["one", "two", "three", "four", "five"]],
     ]
     encoder = ClipEncoder.from_pretrained(folders["clip"])
     result = encoder.encode(items)

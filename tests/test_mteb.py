@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+
 from tiny_clip import SENTENCES, clip, write_dual_encoder, write_video
 
 pytest.importorskip("mteb", reason="needs the extra mteb")

@@ -1,10 +1,10 @@
-"""Dual encoders of transformers (CLIP and its kin): one tower for texts, one for pictures, one space.
+"""Dual encoders (CLIP and its kin): one tower for texts, one for pictures, one space.
 
 A clip is the mean of its frames' unit vectors, brought to unit length again: parameter-free pooling as CLIP4Clip's
 `meanP` (arXiv 2104.08860, its code: modules/modeling.py, _loose_similarity), unless the model has a pooling of its own
-(X-CLIP). An image is one frame. An item of several parts is the mean of its parts' unit vectors, because none of these
-models was trained on mixed items (MTEB's wrappers add the parts as well). Instructions are left out: the text towers
-never saw one.
+(X-CLIP, LanguageBind, ViCLIP, VideoCLIP-XL). An image is one frame, shown as often as such a model needs. An item of
+several parts is the mean of its parts' unit vectors, because none of these models was trained on mixed items (MTEB's
+wrappers add the parts as well). Instructions are left out: the text towers never saw one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 
 from gve.encode.decoding import Decoding, weights_hash
 from gve.encode.encoder import Encoded, Transform, progress_bar
+from gve.encode.video_clip import load_joint_clip, load_language_bind
 from gve.items import Frames, InputError, Item, Video
 from gve.video import Sampling
 
@@ -35,8 +36,8 @@ class Usage:
     """How the models of one architecture are used, as they were published.
 
     Args:
-        text_padding: "longest" pads a batch to its longest text; "max_length" every text to the tower's positions, where
-            the model was trained so.
+        text_padding: "longest" pads a batch to its longest text; "max_length" pads every text to the tower's positions,
+            where the model was trained so.
         clip: "mean" of unit frame vectors, or the "model" pools the frames itself and wants a fixed count of them.
         source: where these facts stand.
         unsure: what could not be established.
@@ -52,8 +53,8 @@ FAMILIES: Mapping[str, Usage] = {
     "clip": Usage(
         "longest",
         "mean",
-        "model cards of openai/clip-vit-* and Searchium-ai/clip4clip-webvid150k (image_embeds to unit length, mean, unit "
-        "length); CLIP4Clip modules/modeling.py meanP",
+        "model cards of openai/clip-vit-* and Searchium-ai/clip4clip-webvid150k; CLIP4Clip modules/modeling.py: unit "
+        "frames, mean, unit length",
         "CLIP4Clip's own evaluation takes 1 frame a second, at most 12, and texts of 32 tokens",
     ),
     "metaclip_2": Usage(
@@ -77,6 +78,32 @@ FAMILIES: Mapping[str, Usage] = {
         "transformers docs, X-CLIP: get_video_features over vision_config.num_frames frames; MTEB's wrapper",
         "its text prompts that look at the video need the pair at once, so they are left out, as in MTEB",
     ),
+    "LanguageBindVideo": Usage(
+        "longest",
+        "model",
+        "PKU-YuanGroup/LanguageBind, languagebind/video: 8 uniform frames, short side 224, text of 77 tokens",
+        "its code crops and flips at random, here the middle is taken; not compared with the released weights",
+    ),
+    "viclip": Usage(
+        "longest",
+        "model",
+        "OpenGVLab/InternVideo, Data/InternVid/viclip, and the demo of alibaba-pai/VideoCLIP-XL: 8 frames of 224 x 224 "
+        "pixels, texts of 32 (ViCLIP) or 248 (VideoCLIP-XL) tokens",
+        "their demos take every n-th frame from the first, here the frames are uniform; not compared with the released "
+        "weights",
+    ),
+}
+
+# The dual encoders among the 16 models of the UVRB paper: whether they run here, and how.
+CLIP_SUPPORT: Mapping[str, str] = {
+    "CLIP4Clip": "runs: Searchium-ai/clip4clip-webvid150k (CLIP4Clip's own repository releases no weights)",
+    "ViCLIP": "runs: OpenGVLab/ViCLIP-L-14-hf",
+    "VideoCLIP-XL": "runs: a folder with VideoCLIP-XL.bin of alibaba-pai/VideoCLIP-XL, OpenAI's "
+    'bpe_simple_vocab_16e6.txt.gz and a config.json of {"model_type": "viclip"}',
+    "LanguageBind": "runs: LanguageBind/LanguageBind_Video_Huge_V1.5_FT or LanguageBind_Video_FT",
+    "InternVideo2-1B": "needs: its own picture and text towers, which transformers and sentence-transformers do not "
+    "carry; its repository asks for trust_remote_code, which is never given here",
+    "InternVideo2-6B": "needs: the same as InternVideo2-1B",
 }
 
 NOT_TRAINED = {"logit_scale", "logit_bias"}  # scale a similarity and no vector; absent from weights saved by towers
@@ -155,7 +182,7 @@ class ClipEncoder:
     @classmethod
     def matches(cls, config: Mapping[str, Any], folder: Path | None) -> bool:
         """Whether a config.json is that of a dual encoder that runs here."""
-        return config.get("model_type") in FAMILIES
+        return _family(config) in FAMILIES
 
     @classmethod
     def from_pretrained(
@@ -182,14 +209,7 @@ class ClipEncoder:
             InputError: no such model, an architecture that does not run here, or weights are missing.
         """
         try:
-            config = transformers.AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model {name!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
-        _usage(config.model_type)
-        try:
-            model = _load(name, getattr(torch, dtype))
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            images = _image_processor(name, config)
+            model, tokenizer, images = _load(name, getattr(torch, dtype))
         except InputError:
             raise
         except (OSError, ValueError) as error:
@@ -288,17 +308,34 @@ class ClipEncoder:
         return {key: value.to(self.model.dtype) if value.is_floating_point() else value for key, value in moved.items()}
 
 
-def _load(name: str, dtype: torch.dtype) -> transformers.PreTrainedModel:
+def _load(name: str, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any, Any]:
+    """(model, tokenizer, image processor), every weight from the files."""
+    config, _ = transformers.PretrainedConfig.get_config_dict(name)
+    family = _family(config)
+    _usage(family)
+    load = {"LanguageBindVideo": load_language_bind, "viclip": load_joint_clip}.get(family, _load_stock)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report warns of a missing scale; what matters is checked below
     try:
-        model, report = transformers.AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, report, tokenizer, images = load(name, dtype)
     finally:
         transformers.logging.set_verbosity(verbosity)
     absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])} - NOT_TRAINED)
     if absent:
         raise InputError(f"model {name!r} lacks {len(absent)} weights, for example {absent[0]}; they would be random")
-    return model
+    return model, tokenizer, images
+
+
+def _load_stock(name: str, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Mapping[str, Any], Any, Any]:
+    model, report = transformers.AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    return model, report, transformers.AutoTokenizer.from_pretrained(name), _image_processor(name, model.config)
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """The architecture of a config.json; ViCLIP's names itself in its classes alone."""
+    model_type = str(config.get("model_type", ""))
+    classes = [*(config.get("architectures") or ()), *(config.get("auto_map") or {}).values()]
+    return "viclip" if any(str(name).endswith("ViCLIP") for name in classes) else model_type
 
 
 def _pooled(output: Any) -> torch.Tensor:
@@ -309,7 +346,7 @@ def _pooled(output: Any) -> torch.Tensor:
 def _usage(model_type: str) -> Usage:
     if model_type not in FAMILIES:
         raise InputError(
-            f"{model_type!r} is no dual encoder that runs here; those of transformers do: {', '.join(FAMILIES)}"
+            f"{model_type!r} is no dual encoder that runs here; those of these types do: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
