@@ -297,7 +297,7 @@ class _Verifier:
             if presample is None:
                 return media
             # The hash of the original file, so that the pair can still be traced to it.
-            return replace(media, source=_shrink(frames, presample.max_frame_px), sha256=media.content_hash())
+            return replace(media, source=shrink(frames, presample.max_frame_px), sha256=media.content_hash())
         except MediaError as error:
             raise RowError(str(error), error.reason) from error
         except OSError as error:
@@ -313,7 +313,8 @@ class _Verifier:
             )
 
 
-def _shrink(frames: Frames, max_frame_px: int) -> Frames:
+def shrink(frames: Frames, max_frame_px: int) -> Frames:
+    """The frames with at most `max_frame_px` pixels each (height x width), their shape kept; 0 keeps the size."""
     height, width = frames.pixels.shape[1:3]
     if max_frame_px == 0 or height * width <= max_frame_px:
         return frames

@@ -181,7 +181,7 @@ class StepFolder:
                 what = "the steps before it" if name == "after" else where
                 raise InputError(
                     f"{self.path} was begun with another {what} ({_short(old)} instead of {_short(new)}): "
-                    "choose another --out, or set it back"
+                    f"choose another --out, set it back, or begin the step anew by --redo {self.step}"
                 )
 
     def done(self) -> dict[str, Any] | None:

@@ -32,7 +32,8 @@ class MediaStore:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self._folder = Path(root) / "media"
+        self.root = Path(root)
+        self._folder = self.root / "media"
 
     def put(self, data: bytes, suffix: str) -> dict[str, Any]:
         """Keeps the bytes of a picture or a clip.

@@ -157,8 +157,9 @@ class Stage(Protocol):
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """What else than its options decides its answers, in plain values: hashes of prompts, model, sampling. A folder that
-        that was begun with another value is refused, by name.
+        """What decides its answers beside its options, in plain values: hashes of prompts, model, sampling.
+
+        A folder that was begun with another value is refused, by name.
         """
 
     def run(self, rows: Iterable[Row]) -> Iterator[Outcome]:
@@ -229,10 +230,10 @@ def execution(default: Any) -> Any:
 
 def deciding(options: Any) -> dict[str, Any]:
     """The options of a step that decide what it gives, as plain JSON values."""
-    own = fields(options)
-    values = {item.name: getattr(options, item.name) for item in own if not item.metadata.get("execution")}
-    return json.loads(json.dumps(values, default=_plain))
+    return json.loads(json.dumps(options, default=_plain))
 
 
 def _plain(value: Any) -> Any:
-    return {item.name: getattr(value, item.name) for item in fields(value)} if is_dataclass(value) else str(value)
+    if not is_dataclass(value):
+        return str(value)
+    return {item.name: getattr(value, item.name) for item in fields(value) if not item.metadata.get("execution")}
