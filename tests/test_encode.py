@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import multiprocessing
 
 from gve.encode.encoder import BackboneEncoder, Encoded, Transform, item_key
+from gve.encode.pretrained import load_encoder
 from gve.encode.store import EmbeddingStore, encode_items
 from gve.eval.ablation import PixelAblation
 from gve.inputs import InputBuilder, InputPolicy
@@ -240,6 +244,37 @@ def test_untrained_is_the_base_and_reuses_what_was_prepared(
     assert untrained.failures == again.failures == trained.failures
     assert np.abs(trained.vectors[readable] - untrained.vectors[readable]).max(1).min() > 1e-3
     assert encoder.fingerprint != encoder.untrained().fingerprint
+
+
+@pytest.mark.parametrize("names", ["transformers 4.49", "transformers 4.52"])
+def test_released_weights_open_without_code_of_their_repository(
+    base: str, items: list[Item], tmp_path: Path, names: str
+) -> None:
+    """A folder as that of Alibaba-NLP/GVE-3B: a class of its own in config.json, plain Qwen2.5-VL weights, LM head."""
+    folder = tmp_path / "GVE-3B"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    own = {"AutoModel": "modeling.Qwen25VLForEmbedding", "AutoConfig": "modeling.Qwen25VLConfig"}
+    config |= {"architectures": ["Qwen25VLForEmbedding"], "auto_map": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling.py").write_text("raise RuntimeError('code of the repository was run')\n")
+    weights = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        if names == "transformers 4.49":
+            name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
+        weights[name] = value
+    weights["lm_head.weight"] = torch.zeros_like(next(v for k, v in weights.items() if "embed_tokens" in k))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    encoder = load_encoder(str(folder), inputs={"sampling": Sampling.uniform(4)})
+    assert isinstance(encoder, BackboneEncoder)
+    assert encoder.inputs["append_eos"]  # the released weights pool an appended end of text
+    plain = load_encoder(base, inputs={"sampling": Sampling.uniform(4)})
+    assert encoder.fingerprint == plain.fingerprint
+    np.testing.assert_array_equal(encoder.encode(items[:3]).vectors, plain.encode(items[:3]).vectors)
+    ids = encoder.builder.prepare(items[0]).ids
+    assert ids[-1] == encoder.builder.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    bare = load_encoder(str(folder), inputs={"append_eos": False, "sampling": Sampling.uniform(4)})
+    assert np.abs(bare.encode(items[:1]).vectors - plain.encode(items[:1]).vectors).max() > 1e-3
 
 
 def test_fingerprint_follows_weights_and_policy(backbone: Backbone, base: str) -> None:

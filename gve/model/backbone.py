@@ -425,7 +425,7 @@ def load_weights(kind: type[Stock], base: str, options: Mapping[str, object]) ->
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise InputError(f"base {base!r} lacks {len(missing)} weights, for example {missing[0]}; they would be random")
-    surplus = sorted(name for name in report["unexpected_keys"] if not name.startswith("lm_head."))
+    surplus = sorted(name for name in report["unexpected_keys"] if "lm_head" not in name.split("."))
     if surplus:
         raise InputError(f"base {base!r} has {len(surplus)} weights that are not used, for example {surplus[0]}")
     return model
