@@ -116,9 +116,11 @@ class UVRBEvaluation(L.Callback):
         self.store, self.resamples = store, resamples
         self._sets: list[RetrievalSet] = []
         self._encoder: BackboneEncoder | None = None
+        self._evaluated = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Reads the listings, so that a wrong folder, set or ablation stops the run before it trains."""
+        self._evaluated = False
         if not self.root:
             return
         for ablation in self.ablations:
@@ -148,8 +150,12 @@ class UVRBEvaluation(L.Callback):
             self._in_full(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        # Its memory of prepared inputs, and another model may come next.
-        self._encoder = None
+        self._encoder = None  # its memory of prepared inputs goes, and another model may come next
+        if self._sets and stage in ("validate", "test") and not self._evaluated:
+            raise InputError(
+                "UVRB was not run: Lightning skips a validation whose dev split has no rows; set data.dev_pairs above "
+                "0, or use gve uvrb run"
+            )
 
     def _in_fit(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         sets = self._sets
@@ -166,6 +172,7 @@ class UVRBEvaluation(L.Callback):
             write_json(Path(trainer.default_root_dir) / "uvrb" / f"step_{results.step}.json", results)
 
     def _in_full(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._evaluated = True
         encoder = self._encoder_of(pl_module)
         folder = Path(trainer.default_root_dir) / "embeddings" if self.store else None
         stores: dict[str, EmbeddingStore] = {}
@@ -183,8 +190,7 @@ class UVRBEvaluation(L.Callback):
         self._draw(trainer, results)
         if trainer.is_global_zero:
             root = Path(trainer.default_root_dir)
-            cells = write_cells(root, results, conditions) if conditions else []
-            write_report(root, results, cells)
+            write_report(root, results, write_cells(root, results, conditions))
             # Rich takes 80 columns for a pipe or a log file, which would cut the intervals off.
             Console(width=None if sys.stdout.isatty() else 120).print(ability_table(results))
             rank_zero_info(f"UVRB report: {root / 'report.md'}")

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,11 @@ class EmbeddingStore:
             other: of the same weights under other frames, say, where the items are texts.
             write: as in `add`.
         """
-        keys = [key for key in dict.fromkeys(map(item_key, items)) if key in other and key not in self]
+        names: dict[str, None] = {}
+        for item in items:
+            with suppress(OSError):  # a missing file has no vector; who is to encode it names it
+                names[item_key(item)] = None
+        keys = [key for key in names if key in other and key not in self]
         if keys:
             before = self.added
             self.add(keys, np.stack([other[key] for key in keys]), write=write)

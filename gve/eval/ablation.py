@@ -126,6 +126,11 @@ _POLICY = {
     if field.name not in ("sampling", "max_frame_tokens", "min_frame_tokens", "padding_side")
 }
 
+# Allows every value that some policy allows; limits that depend on each other are checked against the run's own.
+_ANY_POLICY = InputPolicy(
+    Sampling.uniform(2), max_frame_tokens=1 << 20, min_frame_tokens=1, max_image_tokens=1 << 20, min_image_tokens=1
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Ablation:
@@ -159,7 +164,7 @@ class Ablation:
         Raises:
             InputError: an unknown name or key, or a value that the key cannot have.
         """
-        values = {"shown": spec} if isinstance(spec, str) else dict(spec)
+        values: dict[str, Any] = {"shown": spec} if isinstance(spec, str) else dict(spec)
         known = (*_OWN_KEYS, *_POLICY)
         for key, value in values.items():
             if key not in known:
@@ -177,7 +182,7 @@ class Ablation:
         if shown == "media_only" and instruction == "":
             raise InputError("ablation: shown=media_only with prompt=none leaves nothing of a query that is text alone")
         ablation = cls(name, shown, values, instruction, adapters)
-        ablation.policy(InputPolicy())
+        ablation.policy(_ANY_POLICY)
         return ablation
 
     def policy(self, plain: InputPolicy) -> InputPolicy:

@@ -11,22 +11,20 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import gve
-from gve.encode.encoder import BackboneEncoder, item_key
+from gve.encode.encoder import BackboneEncoder
 from gve.encode.store import EmbeddingStore
 from gve.eval.ablation import PLAIN, Ablation, same_inputs
 from gve.eval.evaluation import Scores, evaluate
 from gve.eval.results import Results, write_whole
 from gve.eval.uvrb import ABILITIES, ABILITY_PARTS, AVERAGES, RetrievalSet
 from gve.inputs import InputBuilder, InputPolicy
-from gve.items import InputError, Item
+from gve.items import InputError
 
 CELLS_CSV, CELLS_JSON = "ablation.csv", "ablation.json"
 
@@ -119,22 +117,10 @@ def score_ablation(
         encoder = encoder if ablation.adapters else encoder.untrained()
         known, store = store, EmbeddingStore(folder, encoder.fingerprint)
         items = (item for tested in sets for item in (*tested.queries, *tested.corpus))
-        _carry_over(known, store, (item for item in items if same_inputs(item, before, policy)))
+        # In memory alone: they are on the disk already, under the plain run's fingerprint.
+        store.adopt(known, [item for item in items if same_inputs(item, before, policy)], write=False)
     scores = evaluate(encoder, ablation.sets(sets), store, ablation=ablation.shown, progress=progress)
     return Condition(ablation, scores, policy, encoder.weights_hash)
-
-
-def _carry_over(known: EmbeddingStore, store: EmbeddingStore, items: Iterable[Item]) -> None:
-    """Puts the vectors of the items into a store that lacks them; in memory alone, as they are kept already."""
-    keys = set()
-    for item in items:
-        try:
-            keys.add(item_key(item))
-        except OSError:
-            continue  # a missing file: the evaluation names it
-    found = sorted(key for key in keys if key in known and key not in store)
-    if found:
-        store.add(found, np.stack([known[key] for key in found]), write=False)
 
 
 def ablation_cells(plain: Results, conditions: Sequence[Condition]) -> list[Cell]:
@@ -165,21 +151,39 @@ def _as_results(plain: Results, condition: Condition) -> Results:
 
 def _rows(ablation: str, data: Mapping[str, Any], gains: Mapping[str, Any]) -> list[Cell]:
     """Cells of the content of a uvrb.json."""
-    protocol, weights = data["protocol"]["hash"], data["weights"]
 
-    def cell(scope: str, on: str, metric: str, value: float, bounds: Sequence[float], *rest: Any) -> Cell:
+    def cell(
+        scope: str, on: str, metric: str, value: float, bounds: Sequence[float], *, n_query: int, complete: bool = True
+    ) -> Cell:
         gain = gains["sets" if scope == "set" else "abilities"].get(on)
-        paired = (gain["value"], *gain["interval"]) if gain else (None, None, None)
-        return Cell(ablation, scope, on, metric, value, *bounds, *paired, *rest, protocol, weights)
+        difference, low, high = (gain["value"], *gain["interval"]) if gain else (None, None, None)
+        return Cell(
+            ablation=ablation,
+            scope=scope,
+            on=on,
+            metric=metric,
+            value=value,
+            low=bounds[0],
+            high=bounds[1],
+            difference=difference,
+            difference_low=low,
+            difference_high=high,
+            n_query=n_query,
+            complete=complete,
+            protocol=data["protocol"]["hash"],
+            weights=data["weights"],
+        )
 
     cells = [
-        cell("set", name, row["metric"], row["value"], row["interval"], row["n_query"], row["complete"])
+        cell(
+            "set", name, row["metric"], row["value"], row["interval"], n_query=row["n_query"], complete=row["complete"]
+        )
         for name, row in data["sets"].items()
     ]
     for name in (*AVERAGES, *ABILITIES):
         if (value := data["abilities"][name]) is not None:
             queries = sum(data["sets"][leaf]["n_query"] for leaf in _sets_of(name))
-            cells.append(cell("ability", name, "mean", value, data["ability_intervals"][name], queries, True))
+            cells.append(cell("ability", name, "mean", value, data["ability_intervals"][name], n_query=queries))
     return cells
 
 
@@ -189,13 +193,17 @@ def _sets_of(name: str) -> set[str]:
 
 
 def write_cells(folder: Path, plain: Results, conditions: Sequence[Condition]) -> list[Cell]:
-    """Writes ablation.csv and ablation.json, each whole or not at all.
+    """Writes ablation.csv and ablation.json, each whole or not at all; without conditions removes an earlier run's.
 
     Returns:
         Their rows.
     """
+    if not conditions:
+        for name in (CELLS_CSV, CELLS_JSON):
+            (folder / name).unlink(missing_ok=True)
+        return []
     cells = ablation_cells(plain, conditions)
-    content = {
+    content: dict[str, Any] = {
         "version": gve.__version__,
         "model": plain.model,
         "step": plain.step,
