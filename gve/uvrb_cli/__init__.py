@@ -7,7 +7,16 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-MODULES = ("data", "run", "report", "neighbours")
+# command -> its module, so that `list` waits for no torch
+MODULES = {
+    "list": "data",
+    "prepare": "data",
+    "check": "data",
+    "run": "run",
+    "compare": "report",
+    "report": "report",
+    "import-mteb": "neighbours",
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
         prog="gve uvrb", description="UVRB: 16 sets of universal video retrieval, 9 abilities, for any embedder."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in MODULES:
+    own = MODULES.get(argv[0]) if argv else None
+    for module in [own] if own else dict.fromkeys(MODULES.values()):  # the overview needs them all
         importlib.import_module(f"gve.uvrb_cli.{module}").add_parsers(commands)
     arguments = parser.parse_args(argv)
     try:

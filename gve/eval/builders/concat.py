@@ -1,7 +1,7 @@
-"""`python -m gve.eval.builders.concat`: joins the scenes of a long video into one file, without decoding them.
+"""Joins the scenes of a long video into one file, without decoding them.
 
-A process of its own, because raw files can crash or hang what reads them. It reads one JSON object on stdin:
-{"clips": [paths in order], "target": path}.
+Run as a script: a process of its own, because raw files can crash or hang what reads them. It imports nothing of this
+package, so that it starts at once, and reads one JSON object on stdin: {"clips": [paths in order], "target": path}.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _join(clips: Sequence[Path], target: Path) -> str:
         return "none of its clips is on the disk"
     draft = target.with_name(f"{target.name}.tmp")
     task = {"clips": [os.path.abspath(clip) for clip in clips], "target": os.path.abspath(draft)}
-    command = [sys.executable, "-m", "gve.eval.builders.concat"]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("concat.py"))]
     try:
         done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
