@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +24,12 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models import EncoderProtocol
 from mteb.types import PromptType
 
+from gve.cli import main
 from gve.encode.clip import ClipEncoder
 from gve.encode.encoder import Encoded
 from gve.encode.topk import rank_counts
-from gve.eval.mteb_bridge import GveMtebEncoder, read_mteb_results
+from gve.eval.mteb_bridge import GveMtebEncoder
+from gve.eval.mteb_results import read_mteb_results
 from gve.eval.retrieval import recall_at_k
 from gve.items import Image, InputError, Item, Text, Video
 from gve.video import Sampling, decode
@@ -298,14 +298,24 @@ def test_other_files_are_refused(tmp_path: Path, content: str | None, words: str
         read_mteb_results([path])
 
 
-def test_import_command(tmp_path: Path, encoder: ClipEncoder) -> None:
+def gve(*words: Any) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    return int(end.value.code or 0)
+
+
+def test_import_command(tmp_path: Path, encoder: ClipEncoder, capsys: pytest.CaptureFixture[str]) -> None:
     file, scores = write_results(tmp_path / "mteb", encoder)
-    command = [sys.executable, "-m", "gve", "uvrb", "import-mteb"]
-    done = subprocess.run([*command, str(file), "--json"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)
+    capsys.readouterr()
+    assert gve("uvrb", "import-mteb", file, "--json", "--out", tmp_path / "rows.json") == 0
+    (row,) = json.loads(capsys.readouterr().out)
     assert (row["task"], row["main_score"]) == ("TinyText", scores["main_score"])
-    done = subprocess.run([*command, str(tmp_path / "no.json")], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert "does not exist" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert json.loads((tmp_path / "rows.json").read_text()) == [row]
+    assert gve("uvrb", "import-mteb", file) == 0
+    table = capsys.readouterr().out
+    assert "TinyText" in table
+    assert f"{scores['main_score']:.4f}" in table
+    assert gve("uvrb", "import-mteb", tmp_path / "no.json") == 2
+    error = capsys.readouterr().err
+    assert "does not exist" in error
+    assert len(error.strip().splitlines()) == 1

@@ -311,6 +311,8 @@ class ClipEncoder:
 def _load(name: str, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any, Any]:
     """(model, tokenizer, image processor), every weight from the files."""
     config, _ = transformers.PretrainedConfig.get_config_dict(name)
+    if not config:
+        raise InputError(f"model {name!r} cannot be opened: it has no config.json")
     family = _family(config)
     _usage(family)
     load = {"LanguageBindVideo": load_language_bind, "viclip": load_joint_clip}.get(family, _load_stock)

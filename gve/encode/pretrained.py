@@ -97,17 +97,16 @@ class ModelFiles:
             )
         from transformers.utils import cached_file
 
-        found = None
-        for file in ("config.json", "adapter_config.json", "modules.json"):
+        found = []
+        for file in ("config.json", "adapter_config.json", "modules.json"):  # all are fetched: each may decide
             try:
-                found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+                path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
             except (OSError, ValueError) as error:
                 raise InputError(f"model {name!r} cannot be found: {str(error).strip().splitlines()[0]}") from None
-            if found:
-                break
+            found += [Path(path)] if path else []
         if not found:
             raise InputError(f"model {name!r} has neither config.json nor modules.json: it is no model of transformers")
-        path = Path(found)
+        path = found[0]
         try:
             config = {} if path.name == "modules.json" else json.loads(path.read_text())
         except ValueError as error:
@@ -144,6 +143,10 @@ def _adapter_of(name: str, files: ModelFiles) -> str:
             stacklevel=3,
         )
         return recipe.name
+    if config.get("auto_map"):
+        raise InputError(
+            f"model {name!r} ({model_type or 'no type'}) needs code of its own repository, which is never run here"
+        )
     raise InputError(
         f"model {name!r} is a {model_type!r}: no adapter is made for it; choose one of {', '.join(ADAPTERS[1:])}"
     )

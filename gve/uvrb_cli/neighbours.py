@@ -26,7 +26,7 @@ def add_parsers(commands: Any) -> None:
 
 def import_mteb(arguments: argparse.Namespace) -> int:
     """Prints the rows, and writes them if asked."""
-    from gve.eval.mteb_bridge import read_mteb_results
+    from gve.eval.mteb_results import read_mteb_results
 
     rows = [dataclasses.asdict(score) for score in read_mteb_results(arguments.paths)]
     text = json.dumps(rows, indent=1)
