@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,9 +94,10 @@ class JpegStore:
         return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _name(self, part: Media) -> str:
-        if part.sha256 or not isinstance(part.source, (bytes, np.ndarray, Frames)):
-            return f"{type(part).__name__} {part.sha256 or part.source}"
-        return f"{type(part).__name__} {await self._in_thread(part.content_hash)}"
+        kind = type(part).__name__
+        if not part.sha256 and isinstance(part.source, (str, Path)):
+            return f"{kind} {part.source}"
+        return f"{kind} {part.sha256 or await self._in_thread(part.content_hash)}"
 
     def _account(self, made: asyncio.Future[Content]) -> None:
         """Takes what was made off the room; the longest unused go until it fits."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import jsonschema
+import numpy as np
+
+from gve.items import Frames, Text, Video
+from gve.synth.records import Request
 
 
 class BadReply(ValueError):
@@ -60,6 +66,34 @@ def _values(text: str) -> Iterator[Any]:
 def check_schema(schema: Mapping[str, Any]) -> None:
     """Raises ValueError where the schema itself is none; that is a fault of who asks, so it is no reply's error."""
     _validator(_canonical(schema))
+
+
+def attempt_seed(request: Request, attempt: int) -> int:
+    """31 bits: the request's own seed first, then others that follow from it and from the id."""
+    if attempt == 1:
+        return request.seed & 0x7FFFFFFF
+    digest = hashlib.sha256(f"{request.seed}\0{attempt}\0{request.id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def probe() -> Request:
+    """A start-up question about two grey frames: prose is asked for, and one of two nonsense words is allowed."""
+    words = [f"zq{random.randrange(16**6):06x}" for _ in range(2)]
+    grey = np.full((2, 56, 56, 3), 128, np.uint8)
+    clip = Frames(grey, np.array([0.0, 1.0]), np.array([0, 1]), 2, 1.0)
+    return Request(
+        id="probe",
+        system="You are a helpful assistant. Answer in prose.",
+        parts=(Video(clip), Text("Describe what you see in one plain English sentence.")),
+        schema={
+            "type": "object",
+            "properties": {"word": {"type": "string", "enum": words}},
+            "required": ["word"],
+            "additionalProperties": False,
+        },
+        schema_name="probe",
+        max_tokens=256,
+    )
 
 
 def _canonical(schema: Mapping[str, Any]) -> str:

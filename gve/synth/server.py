@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
-import hashlib
 import json
 import os
 import random
@@ -25,15 +24,14 @@ import time
 import urllib.parse
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import httpx
-import numpy as np
 
-from gve.items import Frames, InputError, Text, Video
+from gve.items import InputError, Video
 from gve.synth.frames import Framing, JpegStore
 from gve.synth.records import Reply, Request
-from gve.synth.replies import BadReply, check_schema, read_reply
+from gve.synth.replies import BadReply, attempt_seed, check_schema, probe, read_reply
 from gve.video import MediaError
 
 SHORTEST_WAIT_S = 0.5
@@ -144,6 +142,8 @@ class _Account:
 class ServerCaptioner:
     """A `gve.synth.records.Captioner` behind HTTP. Use it in one event loop; `close` it at the end of that."""
 
+    Options: ClassVar[type] = ServerOptions
+
     def __init__(self, options: ServerOptions) -> None:
         self.options = options
         self._jpegs = JpegStore(options.framing)
@@ -182,7 +182,7 @@ class ServerCaptioner:
             ) from None
         if names and self.options.model not in names:
             raise InputError(f"the server has no model {self.options.model!r}; it has {', '.join(names)}")
-        reply = await self._answer(_probe(), line)
+        reply = await self._answer(probe(), line)
         if reply.error.startswith(("no json", "schema")):
             raise InputError(
                 f"the server does not bind replies to the schema: it wrote {reply.text[:80]!r}; it must support "
@@ -312,14 +312,6 @@ class ServerCaptioner:
         return json.dumps(fields).encode()[:-1] + b', "messages": ' + messages + b"}"
 
 
-def attempt_seed(request: Request, attempt: int) -> int:
-    """31 bits: the request's own seed first, then others that follow from it and from the id."""
-    if attempt == 1:
-        return request.seed & 0x7FFFFFFF
-    digest = hashlib.sha256(f"{request.seed}\0{attempt}\0{request.id}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
 class _Line:
     """Connections to the server, one client each.
 
@@ -445,23 +437,3 @@ def _closed(request: Request, account: _Account, error: str, *, value: Any = Non
 
 def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
-
-
-def _probe() -> Request:
-    """Two frames of one colour, and a question whose only allowed answers nobody would give."""
-    words = [f"zq{random.randrange(16**6):06x}" for _ in range(2)]
-    grey = np.full((2, 56, 56, 3), 128, np.uint8)
-    clip = Frames(grey, np.array([0.0, 1.0]), np.array([0, 1]), 2, 1.0)
-    return Request(
-        id="probe",
-        system="You are a helpful assistant. Answer in prose.",
-        parts=(Video(clip), Text("Describe what you see in one plain English sentence.")),
-        schema={
-            "type": "object",
-            "properties": {"word": {"type": "string", "enum": words}},
-            "required": ["word"],
-            "additionalProperties": False,
-        },
-        schema_name="probe",
-        max_tokens=256,
-    )
