@@ -25,6 +25,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", "--", "-.", ":")
 INK, FRAME, GRID = "#222222", "#bbbbbb", "#dddddd"
+CELL_IN = 0.335  # side of a heat map's cell, in inches: three maps of ten columns fit beside each other
+LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
 
 @dataclass(frozen=True)
@@ -102,37 +104,36 @@ def draw_radar(lines: Sequence[Line], axis_labels: Mapping[str, str], title: str
 def draw_heat_map(
     rows: Sequence[str], columns: Sequence[str], values: np.ndarray, doubtful: np.ndarray, title: str = ""
 ) -> Figure:
-    """Correlations in colour and number; orange below 0, purple above, grey italics where the interval holds 0.
+    """Correlations in colour and number; orange below 0, purple above, pale italics where the interval holds 0.
 
     Args:
         rows, columns: names along the sides.
         values: [rows, columns] in [-1, 1].
         doubtful: [rows, columns] bool.
     """
-    cell = 0.47
-    figure = Figure(figsize=(1.2 + cell * len(columns), 1.0 + cell * len(rows)), layout="constrained")
+    figure = Figure(figsize=(0.65 + CELL_IN * len(columns), 0.75 + CELL_IN * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(values, cmap="PuOr", norm=Normalize(-1.0, 1.0), aspect="equal")
-    for row in range(len(rows)):
-        for column in range(len(columns)):
-            value = values[row, column]
-            light = abs(value) > 0.72
-            axes.text(
-                column,
-                row,
-                f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
-                ha="center",
-                va="center",
-                fontsize=8.5,
-                color="#ffffff" if light else "#666666" if doubtful[row, column] else INK,
-                style="italic" if doubtful[row, column] else "normal",
-            )
-    axes.set_xticks(range(len(columns)), list(columns), fontsize=9, rotation=90 if max(map(len, columns)) > 6 else 0)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    colours = matplotlib.colormaps["PuOr"](Normalize(-1.0, 1.0)(values))[..., :3]
+    colours[doubtful] = 1 - 0.3 * (1 - colours[doubtful])
+    axes.imshow(colours, aspect="equal")
+    for (row, column), value in np.ndenumerate(values):
+        dark = colours[row, column] @ LUMINANCE < 0.5
+        axes.text(
+            column,
+            row,
+            f"{value:.2f}".replace("-", "\N{MINUS SIGN}"),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="#ffffff" if dark else "#555555" if doubtful[row, column] else INK,
+            style="italic" if doubtful[row, column] else "normal",
+        )
+    axes.set_xticks(range(len(columns)), list(columns), fontsize=8, rotation=90 if max(map(len, columns)) > 6 else 0)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.tick_params(length=0, top=True, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_color(FRAME)
     if title:
-        axes.set_title(title, fontsize=11, pad=10)
+        axes.set_title(title, fontsize=10, pad=8)
     return figure
 
 
@@ -194,8 +195,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, f
         axes.grid(color=GRID, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(FRAME)
-        if number > len(panels) - across:
-            axes.set_xlabel(label, fontsize=9)
+    figure.supxlabel(label, fontsize=9)
     if len(series) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure

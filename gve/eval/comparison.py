@@ -52,15 +52,12 @@ def run_labels(runs: Sequence[SavedResults]) -> list[str]:
     # A model given as a path is called by its file; its folder comes back below where two have one file name.
     names = [Path(model).name if Path(model).is_absolute() or model.startswith(".") else model for model in models]
     settings = [run.data.get("setting", {}) for run in runs]
-    varying = [
-        key
-        for key in dict.fromkeys(key for setting in settings for key in setting)
-        if len({json.dumps(setting.get(key), sort_keys=True) for setting in settings}) > 1
-    ]
     labels = []
     for name, setting in zip(names, settings, strict=True):
-        own = ", ".join(f"{key} {_plain(setting[key])}" for key in varying if setting.get(key) not in (None, ""))
-        labels.append(f"{name} ({own})" if own and names.count(name) > 1 else name)
+        others = [other for named, other in zip(names, settings, strict=True) if named == name]
+        varying = [key for key in setting if any(other.get(key) != setting[key] for other in others)]
+        own = ", ".join(f"{key} {_plain(setting[key])}" for key in varying)
+        labels.append(f"{name} ({own})" if own else name)
     for place, run in enumerate(runs):
         if labels.count(labels[place]) > 1:
             labels[place] = f"{labels[place]} in {run.folder}"

@@ -47,7 +47,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def report(results: Results, cells: Sequence[Cell] = ()) -> str:
     """The text of report.md; `cells` are those of the ablations, if any were run."""
     data = results.data
-    warnings = result_warnings(data)
+    warnings = [*result_warnings(data), *result_notes(data)]
     lines = [
         "# UVRB report",
         "",
@@ -74,7 +74,7 @@ def report(results: Results, cells: Sequence[Cell] = ()) -> str:
 
 
 def result_warnings(data: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before a number, a sentence each: incomplete sets, ties, other protocols.
+    """What a reader must know before a number, a sentence each: incomplete sets, ties, sets that are absent.
 
     Args:
         data: the content of a uvrb.json.
@@ -90,11 +90,15 @@ def result_warnings(data: Mapping[str, Any]) -> list[str]:
                 lines.append(
                     f"{label}{name}: equal similarities decide {row['pessimistic']:.3f} to {row['optimistic']:.3f}."
                 )
-            lines += [f"{label}{name}: {note}." for note in row["notes"]]
     absent = [record.name for record in SETS if record.name not in data["sets"]]
     if absent:
         lines.append(f"Not run: {', '.join(absent)}; averages that need them are left out.")
     return lines
+
+
+def result_notes(data: Mapping[str, Any]) -> list[str]:
+    """Where sets deviate from the paper's protocol, a sentence each; of the sets of a uvrb.json's `data`."""
+    return [f"{name}: {note}." for name, row in data["sets"].items() for note in row["notes"]]
 
 
 def _ability_table(results: Results, data: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
