@@ -465,29 +465,25 @@ def test_validate_writes_cells(world: Path, tmp_path: Path, asked: list[Item]) -
 
 
 def test_subsets_are_chosen_by_the_seed(world: Path, tmp_path: Path) -> None:
-    for seed in (0, 1):
-        one = UVRBEvaluation(str(world / "uvrb"), ["CRB-T"], INPUTS, max_queries=2, seed=seed, resamples=100)
-        trainer(tmp_path / str(seed), one, epochs=1).fit(embedder(world), loader(world), loader(world))
-        (file,) = (tmp_path / str(seed) / "uvrb").iterdir()
-        row = json.loads(file.read_text())["sets"]["CRB-T"]
-        assert (row["n_query"], row["n_corpus"], row["notes"]) == (2, 4, [f"2 of 4 queries, chosen by seed {seed}"])
+    one = UVRBEvaluation(str(world / "uvrb"), ["CRB-T"], INPUTS, max_queries=2, seed=1, resamples=100)
+    trainer(tmp_path, one, epochs=1).fit(embedder(world), loader(world), loader(world))
+    (file,) = (tmp_path / "uvrb").iterdir()
+    row = json.loads(file.read_text())["sets"]["CRB-T"]
+    assert (row["n_query"], row["n_corpus"], row["notes"]) == (2, 4, ["2 of 4 queries, chosen by seed 1"])
     chosen = [UVRBReader(world / "uvrb").read("CRB-T").subset(2, seed).queries for seed in (0, 1)]
     assert {item.id for item in chosen[0]} != {item.id for item in chosen[1]}
 
 
 def test_one_callback_serves_one_model_after_another(world: Path, tmp_path: Path) -> None:
     """And keeps nothing of a model, or of what was prepared for it, when a run is over."""
-    evaluation = UVRBEvaluation(str(world / "uvrb"), inputs=INPUTS, resamples=100)
-    first = validate(world, tmp_path / "first", evaluation)
-    other = embedder(world)
-    perturb(other.backbone, seed=2)
-    second = validate(world, tmp_path / "second", evaluation, other)
-    alone = validate(
-        world, tmp_path / "alone", UVRBEvaluation(str(world / "uvrb"), inputs=INPUTS, resamples=100), other
-    )
-    assert first["weights"] != second["weights"] == alone["weights"]
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is BackboneEncoder]
+    evaluation = UVRBEvaluation(str(world / "uvrb"), ["CRB-T"], INPUTS, untrained=False, resamples=100)
+    for seed in (1, 2):
+        model = embedder(world)
+        perturb(model.backbone, seed)
+        found = validate(world, tmp_path / str(seed), evaluation, model)["weights"]
+        gc.collect()
+        assert not [thing for thing in gc.get_objects() if type(thing) is BackboneEncoder]
+        assert found == BackboneEncoder(model.backbone, builder(world, POLICY)).weights_hash
 
 
 def test_a_validation_without_rows_is_not_taken_for_an_evaluation(world: Path, tmp_path: Path) -> None:
