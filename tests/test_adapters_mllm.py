@@ -661,6 +661,8 @@ def test_how_an_adapter_is_chosen(qwen2: Path, tmp_path: Path, recwarn: pytest.W
     rename(folder, model_type="gpt2")
     with pytest.raises(InputError, match="'gpt2': no adapter is made for it"):
         load_encoder(str(folder))
+    with pytest.raises(InputError, match="adapter gme takes qwen2_vl"):
+        load_encoder(str(folder), adapter="gme")
     with pytest.raises(InputError, match="adapter 'gmee' is unknown"):
         load_encoder(str(folder), adapter="gmee")
     with pytest.raises(InputError, match="does not exist"):

@@ -20,7 +20,7 @@ from gve.encode.encoder import Encoded, Execution, Transform, progress_bar
 from gve.encode.mllm.llava import LlavaReader
 from gve.encode.mllm.lora import merge_adapter, read_settings
 from gve.encode.mllm.qwen import QwenReader
-from gve.encode.mllm.recipes import Recipe, Turn
+from gve.encode.mllm.recipes import Recipe, Turn, family_of
 from gve.encode.mllm.settings import Settings
 from gve.inputs import InputPolicy
 from gve.items import InputError, Item
@@ -103,7 +103,9 @@ class MLLMEncoder:
         """
         execution = execution or Execution()
         adapter = _adapter_folder(name)
-        source = name if adapter is None else base or read_settings(adapter)["base_model_name_or_path"]
+        source = name
+        if adapter is not None:
+            source = base if base not in ("", name) else read_settings(adapter)["base_model_name_or_path"]
         config_class = getattr(transformers, f"{_CLASSES[recipe.family]}Config")
         model_class = getattr(transformers, f"{_CLASSES[recipe.family]}Model")
         settings = recipe.settings.changed(inputs)
@@ -112,7 +114,11 @@ class MLLMEncoder:
             tokenizer = _tokenizer(source if adapter is None or not _has_tokenizer(adapter) else str(adapter))
         except (OSError, ValueError) as error:
             raise InputError(f"model {source!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
-        config.model_type = recipe.family  # some repositories name a class of their own
+        if family_of(config.model_type) != recipe.family:
+            raise InputError(
+                f"model {source!r} is a {config.model_type!r}, adapter {recipe.name} takes {recipe.family}"
+            )
+        config.model_type = recipe.family  # UNITE's files name a type of their own, which hides the old names' mapping
         options = {
             "config": config,
             "dtype": getattr(torch, execution.dtype),

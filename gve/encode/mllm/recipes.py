@@ -177,7 +177,7 @@ RECIPES: Mapping[str, Recipe] = {
         Recipe(
             "vlm2vec-v2",
             "qwen2_vl",
-            ("VLM2Vec/VLM2Vec-V2.0", "TIGER-Lab/VLM2Vec-V2.0"),
+            ("VLM2Vec/VLM2Vec-V2.0",),
             _vlm2vec,
             "TIGER-AI-Lab/VLM2Vec: src/model/processor.py process_input_text, src/data/eval_dataset/msrvtt_dataset.py, "
             "experiments/public/eval/video.yaml (8 frames): no chat template and no vision_start, so that its "
