@@ -53,8 +53,8 @@ SUPPORT = (
     Support("B3-7B", "raghavlite/B3_Qwen2_7B", "b3", f"LoRA weights, merged into Qwen2-VL-7B; {_CLIPS_AS_IMAGES}"),
     Support("GME-7B", "Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", _CLIPS_AS_IMAGES),
     Support("Unite-7B", "friedrichor/Unite-Base-Qwen2-VL-7B", "unite", "instructions are left out, as in its demo"),
-    Support("GVE-3B", "Alibaba-NLP/GVE-3B", "gve", "stock Qwen2.5-VL class, appended `<|endoftext|>` pooled"),
-    Support("GVE-7B", "Alibaba-NLP/GVE-7B", "gve", "stock Qwen2.5-VL class, appended `<|endoftext|>` pooled"),
+    Support("GVE-3B", "Alibaba-NLP/GVE-3B", "gve", "stock Qwen2.5-VL class, appended end-of-text token pooled"),
+    Support("GVE-7B", "Alibaba-NLP/GVE-7B", "gve", "stock Qwen2.5-VL class, appended end-of-text token pooled"),
 )
 
 
