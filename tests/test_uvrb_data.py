@@ -23,7 +23,7 @@ from gve.eval.builders.hub import download
 from gve.eval.check import VERDICTS, MediaInspector, SetCheck, check_sets
 from gve.eval.classification import CLASSIFICATION
 from gve.eval.records import SETS
-from gve.eval.uvrb import UVRBReader, listing_rows
+from gve.eval.uvrb import UVRBReader, listing_rows, published_scores
 from gve.items import InputError
 from test_builders import command, jsonl, write
 from test_uvrb import edit, write_world
@@ -245,6 +245,24 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         assert record.name in out
         assert record.licence in out
         assert record.source.obtain[:30] in out
+
+
+def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = command(capsys, "list", "--models", "--json")
+    assert code == 0
+    shown = json.loads(out)
+    assert [row["model"] for row in shown] == [*published_scores()]  # the 16 rows of the published table, in its order
+    code, out, _ = command(capsys, "list", "--models")
+    assert all(row["model"] in out and row["hub"] in out for row in shown)
+
+
+def test_means_far_from_the_published_ones_are_wrong(tmp_path: Path) -> None:
+    """CRB-G states 232.2 words: 225 pass, 200 are noted (14% less), 115 - the field of CRB-S - are wrong."""
+    for words, expected in ((225, []), (200, [("words", False)]), (115, [("words", True)])):
+        rows = [{"video": f"{i}.mp4", "caption": " ".join([f"w{i}"] * words)} for i in range(3)]
+        prepare("CRB-G", tmp_path / str(words), write(tmp_path / f"src{words}" / "metadata.json", json.dumps(rows)))
+        (check,) = check_sets(tmp_path / str(words), ["CRB-G"], decode=False)
+        assert [(f.kind, f.wrong) for f in check.findings if f.kind == "words"] == expected
 
 
 def test_lengths_and_words_are_the_published_ones() -> None:

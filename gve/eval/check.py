@@ -21,7 +21,7 @@ VERDICTS = "check.jsonl"
 """What is known of each file, below the root: an interrupted check goes on, and a second one reads only new files."""
 
 _LOOK = Sampling.uniform(8)  # the frames of the protocol: a clip that shows them can be evaluated
-_TOLERANCE = 0.05  # of published means, which are rounded and whose word counter is not known
+_NOTED, _WRONG = 0.05, 0.25  # relative: the paper's word counter is not known; another field or a trim is far off
 
 
 @dataclass(frozen=True)
@@ -353,6 +353,7 @@ def _count_problems(tested: RetrievalSet, check: SetCheck) -> Iterator[Finding]:
                 detail = f"{published:,} are published" + (f"; {reason}" if reason else "")
                 yield Finding("count", f"{size:,} {what}", detail, wrong=reason is None)
     for kind, found, said in (("length", check.seconds, record.seconds), ("words", check.words, record.words)):
-        if found and said and abs(found - said) > _TOLERANCE * said:
+        if found and said and abs(found - said) > _NOTED * said:
             unit = "s a clip" if kind == "length" else "words a query"
-            yield Finding(kind, f"{found:.1f} {unit}", f"{said:,.1f} is published")
+            far = abs(found - said) > _WRONG * said
+            yield Finding(kind, f"{found:.1f} {unit}", f"{said:,.1f} is published", wrong=far)

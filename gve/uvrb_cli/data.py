@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from gve.encode.support import SUPPORT
 from gve.eval.classification import CLASSIFICATION, LABEL_TEXT
 from gve.eval.records import SETS, SetRecord
 from gve.eval.uvrb import UVRBReader, find_record
@@ -27,6 +28,7 @@ def add_parsers(commands: Any) -> None:
     """Adds `list`, `prepare` and `check`."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     new = commands.add_parser("list", help="the 16 sets and 5 classification sets: what, how many, licence, where from")
+    new.add_argument("--models", action="store_true", help="the 16 published models instead: which run here, and how")
     new.set_defaults(handler=_list)
     make = commands.add_parser(
         "prepare",
@@ -75,6 +77,8 @@ def add_parsers(commands: Any) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    if arguments.models:
+        return _list_models(as_json=arguments.json)
     records = (*SETS, *CLASSIFICATION)
     if arguments.json:
         print(json.dumps({record.name: _described(record) for record in records}, indent=1))
@@ -109,6 +113,17 @@ def _list(arguments: argparse.Namespace) -> int:
     for source in sources.values():
         names = ", ".join(record.name for record in records if record.source is source)
         console.print(f"  {source.name} ({names}): {source.obtain}", soft_wrap=True, markup=False, highlight=False)
+    return 0
+
+
+def _list_models(as_json: bool) -> int:
+    if as_json:
+        print(json.dumps([own.to_dict() for own in SUPPORT], indent=1))
+        return 0
+    table = Table(Column("model", no_wrap=True), Column("weights", no_wrap=True), "adapter", "note")
+    for own in SUPPORT:
+        table.add_row(own.model, own.hub, own.adapter or "-", own.note)
+    _console().print(table)
     return 0
 
 

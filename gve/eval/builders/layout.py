@@ -212,6 +212,7 @@ def write_set(request: Request, draft: Draft, builder: str) -> Prepared:
         "licence": request.record.licence,
         "files": [{"name": name, **known} for name, known in used],
         "counts": {"queries": len(draft.queries), "corpus": len(draft.corpus)},
+        "seed": request.options.seed,
         "decisions": draft.decisions,
         "deviations": draft.deviations,
         "listings": hashes,
