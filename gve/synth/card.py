@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from gve import __version__
-from gve.data.manifest import Manifest, write_atomically
+from gve.data.manifest import Manifest
 from gve.synth.folder import StepFolder
+from gve.synth.leases import replace_file
 from gve.synth.output import SHARDS
 from gve.synth.pipeline import Plan
 
@@ -27,7 +28,7 @@ def write_card(plan: Plan, funnel: Mapping[str, Any]) -> Path:
         funnel: its numbers.
     """
     path = plan.out / SHARDS / CARD
-    write_atomically(path, card(plan, funnel).encode())
+    replace_file(path, card(plan, funnel).encode(), durable=True)
     return path
 
 
@@ -62,7 +63,10 @@ def card(plan: Plan, funnel: Mapping[str, Any]) -> str:
         "In every step: in = out + rejected; a reject keeps its reason and score in `rejects.jsonl` of the run.",
         _table(("step", "in", "out", "rejected", "rows to the next step"), map(_funnel_row, funnel["steps"])),
         "Parts are captions that were asked for and pairs that were planned: tried = made + rejected.",
-        _table(("step", "tried", "made", "rejected"), map(_parts_row, funnel["steps"])),
+        _table(
+            ("step", "tried", "made", "rejected"),
+            [_parts_row(step) for step in funnel["steps"] if step["parts"]["tried"]],
+        ),
         "## How it was made",
         _table(("step", "what", "value"), _made_with(plan)),
         _usage(funnel["usage"]),

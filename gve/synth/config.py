@@ -14,11 +14,11 @@ A section of a step may name another class by `class: my.module:MyStage`, and `k
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -186,18 +186,63 @@ def find_class(path: str, section: str) -> Any:
 def build(options: type[Options], values: Any, section: str) -> Options:
     """An instance of a frozen dataclass from plain values; no key and no type passes unchecked.
 
+    Nested dataclasses, lists, mappings, choices and optional values are understood; a class with a `parse` takes text
+    too. jsonargparse could do it, but evaluates the `if TYPE_CHECKING` blocks of every module it meets, which imports
+    torch: 6 s for each of hundreds of workers.
+
     Raises:
         InputError: one line that names the section and the key.
     """
-    from jsonargparse import ArgumentError, ArgumentParser
-
     if not isinstance(values, Mapping):
         raise InputError(f"section {section}: {values!r} is no mapping of keys to values")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument(f"--{section}", type=options, default=None)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about its own future versions
-            return parser.instantiate(parser.parse_object({section: dict(values)}))[section]
-    except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from error
+    own = {item.name: item for item in fields(options) if item.init}  # type: ignore[arg-type]
+    if unknown := sorted(map(str, set(values) - set(own))):
+        raise InputError(f"section {section} has no key {unknown[0]!r}: it has {', '.join(own)}")
+    absent = [
+        name
+        for name, item in own.items()
+        if name not in values and item.default is MISSING and item.default_factory is MISSING
+    ]
+    if absent:
+        raise InputError(f"section {section} lacks the key {absent[0]!r}")
+    types = get_type_hints(options)
+    return options(**{name: _value(types[name], value, f"{section}.{name}") for name, value in values.items()})
+
+
+def _value(wanted: Any, value: Any, where: str) -> Any:
+    """The value as the type that is wanted. Raises InputError when it is none."""
+    kind, arguments = get_origin(wanted), get_args(wanted)
+    if wanted is Any:
+        return value
+    if kind in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        return _value(next(own for own in arguments if own is not NoneType), value, where)
+    if kind is Literal:
+        if value not in arguments:
+            raise InputError(f"{where} {value!r}: use one of {', '.join(map(str, arguments))}")
+        return value
+    if is_dataclass(wanted):
+        if isinstance(value, str) and hasattr(wanted, "parse"):
+            return wanted.parse(value)
+        return build(wanted, value, where)  # type: ignore[arg-type]
+    if kind in (tuple, list, Sequence) and isinstance(value, list):
+        if kind is tuple and arguments[-1] is not Ellipsis:
+            if len(arguments) != len(value):
+                raise InputError(f"{where} {value!r}: give {len(arguments)} values")
+            return tuple(_value(own, *pair) for own, *pair in zip(arguments, value, _names(where, value), strict=True))
+        found = [_value(arguments[0], *pair) for pair in zip(value, _names(where, value), strict=True)]
+        return tuple(found) if kind is tuple else found
+    if kind in (dict, Mapping) and isinstance(value, Mapping):
+        return {str(key): _value(arguments[1], own, f"{where}.{key}") for key, own in value.items()}
+    if wanted is Path and isinstance(value, str):
+        return Path(value)
+    if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if wanted in (bool, int, str) and type(value) is wanted:
+        return value
+    raise InputError(f"{where} {value!r} is no {getattr(wanted, '__name__', wanted) if kind is None else wanted}")
+
+
+def _names(where: str, values: Sequence[Any]) -> list[str]:
+    return [f"{where}[{place}]" for place in range(len(values))]

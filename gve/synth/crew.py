@@ -57,7 +57,7 @@ def _work(plan: Plan, until: str, shares: list[float]) -> None:
     if len(shares) == 1:
         try:
             work(plan, until, shares[0])
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise WorkError(_said(error)) from error
         return
     failures = _crew(plan, until, shares)
@@ -86,7 +86,8 @@ def redo(plan: Plan, name: str) -> None:
             shutil.rmtree(trash)
 
 
-def _said(error: OSError) -> str:
+def _said(error: Exception) -> str:
+    """Full disk, a folder that went away, a server that is gone, a device out of memory: in the error's own words."""
     return f"{error}; what was done is kept: mend it, and the same command goes on"
 
 
@@ -139,7 +140,7 @@ def _member(plan: Plan, until: str, share: float, pipe: Connection) -> None:
         work(plan, until, share)
     except InputError as error:
         words = ("input", str(error))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         words = ("failed", _said(error))
     except KeyboardInterrupt:
         sys.exit(130)

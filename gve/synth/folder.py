@@ -27,9 +27,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gve.data.manifest import write_atomically
 from gve.items import InputError
-from gve.synth.leases import Claim, Survey, link_once
+from gve.synth.leases import Claim, Survey, link_once, replace_file
 from gve.synth.records import Reject, Reply
 from gve.synth.units import Identity, Outcome, Row, Usage, canonical
 
@@ -251,7 +250,7 @@ class StepFolder:
             "slices": [[path.name, *cut] for cut in cuts if cut[2]],
             "identity": {"digest": identity.digest, **asdict(identity)},
         }
-        write_atomically(self.path / f"{unit}.json", canonical(manifest).encode())
+        replace_file(self.path / f"{unit}.json", canonical(manifest).encode(), durable=True)
         for pattern in ("part", "claim"):
             for left in self.path.glob(f"{unit}.{pattern}.*"):
                 left.unlink(missing_ok=True)
@@ -268,8 +267,8 @@ class StepFolder:
             tally += Tally.from_dict(manifest["tally"])
             slices += manifest["slices"]
         done = {"units": len(units), "tally": tally.to_dict(), "slices": slices}
-        write_atomically(self.path / DONE, canonical(done).encode())
-        for pattern in ("*.part.*", "*.claim.*", ".*.tmp"):  # of owners that died after their unit was finished
+        replace_file(self.path / DONE, canonical(done).encode(), durable=True)
+        for pattern in ("*.part.*", "*.claim.*", ".[0-9]*.tmp"):  # of owners that died after their unit was finished
             for left in self.path.glob(pattern):
                 left.unlink(missing_ok=True)
         return True
@@ -342,8 +341,11 @@ class OpenUnit:
         # Unbuffered: what is written survives a kill of this process at once.
         if self._file is None:
             self._file = open(self._part, "ab", buffering=0)  # noqa: SIM115
-        written = self._file.write(line + b"\n")
-        if written != len(line) + 1:
+        try:
+            whole = self._file.write(line + b"\n") == len(line) + 1
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._part)) from error
+        if not whole:  # the disk took a part of it; the next write would have raised
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._part))
         if time.monotonic() - self._synced > FSYNC_S:
             os.fsync(self._file.fileno())

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gve.data.manifest import write_atomically
 from gve.data.readers.rows import mark
 from gve.items import InputError
 from gve.synth.asking import converse
@@ -386,7 +385,7 @@ def funnel(out: Path, steps: Iterable[str]) -> dict[str, Any]:
 def write_reports(plan: Plan) -> dict[str, Any]:
     """Writes funnel.json, and rejects.jsonl with every reject of the finished steps; returns the funnel."""
     numbers = funnel(plan.out, [step.name for step in plan.steps])
-    write_atomically(plan.out / FUNNEL, (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode())
+    replace_file(plan.out / FUNNEL, (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode(), durable=True)
     draft = plan.out / f".{REJECTS}.{uuid.uuid4().hex[:12]}.tmp"
     lines = (
         encode({"step": row["step"], **asdict(reject)}) + b"\n"
