@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from gve.encode.pretrained import load_encoder
 from gve.encode.store import EmbeddingStore, encode_items
 from gve.eval.ablation import PixelAblation
 from gve.inputs import InputBuilder, InputPolicy
-from gve.items import Image, InputError, Item
+from gve.items import Image, InputError, Item, Video
 from gve.model.backbone import Backbone, Lora
 from gve.toy.base import write_base
 from gve.video import Sampling
@@ -98,6 +99,45 @@ def test_store_survives_and_belongs_to_its_encoder(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:40])
     with pytest.raises(InputError, match="damaged"):
         EmbeddingStore(tmp_path, "1" * 64)
+
+
+def test_files_are_read_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By size and time of change; a file that is too young to be told by its time is read again."""
+    clips = []
+    for name in ("old", "young"):
+        (tmp_path / name).write_bytes(name.encode())
+        clips.append(tmp_path / name)
+    os.utime(clips[0], ns=(1, 1_000_000_000))
+    read: list[str] = []
+    content_hash = Video.content_hash
+
+    def watched(medium: Video) -> str:
+        read.extend([] if medium.sha256 else [medium.name])
+        return content_hash(medium)
+
+    monkeypatch.setattr(Video, "content_hash", watched)
+
+    def again() -> list[str]:
+        read.clear()
+        items = [Item.of(video=path) for path in clips]
+        encoder = Counting()
+        found = encode_items(encoder, items, EmbeddingStore(tmp_path / "store", "1" * 64))
+        expected = [np.random.default_rng(int(item_key(item)[:8], 16)).normal(size=8) for item in items]
+        np.testing.assert_array_equal(found.vectors, np.float32(expected))
+        return [Path(name).name for name in read]
+
+    assert again() == ["old", "young"]
+    assert again() == ["young"]
+    clips[0].write_bytes(b"new")  # the same size, another time
+    assert again() == ["old", "young"]
+    clips[0].write_bytes(b"longer")
+    os.utime(clips[0], ns=(1, 1_000_000_000))
+    assert again() == ["old", "young"]
+    assert again() == ["young"]
+    (file,) = (tmp_path / "store").glob("file_hashes-*.json")
+    file.write_text("[")
+    with pytest.raises(InputError, match="damaged"):
+        again()
 
 
 def _rank(rank: int, world: int, folder: str) -> None:

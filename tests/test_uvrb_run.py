@@ -306,6 +306,33 @@ def test_damaged_and_missing_clips_are_named_and_counted(
     assert encoded(out) == {SETTING: 2}
 
 
+def test_classification_runs_by_name_and_enters_no_average(
+    toy_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clips against label texts; a hit is a right label. Of UVRB there is nothing to average."""
+    root = tmp_path / "uvrb"
+    folder = root / "UCF101" / "jsonl"
+    folder.mkdir(parents=True)
+    shutil.copytree(toy_world / "uvrb" / "media", root / "media", copy_function=os.link)
+    clips = sorted(path.name for path in (root / "media").glob("*.mp4"))[:6]
+    queries = [{"id": f"q{row}", "video": f"../media/{name}"} for row, name in enumerate(clips)]
+    corpus = [{"id": name, "text": f"a {name}"} for name in ("circle", "square", "ring")]
+    instances = [{"qid": f"q{row}", "pos": [corpus[row % 3]["id"]]} for row in range(6)]
+    for name, rows in (("queries", queries), ("corpus", corpus), ("instances", instances)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(toy_world / "base", root, tmp_path / "out", sets=("ucf-101",)) == 0
+    assert "abilities" not in capsys.readouterr().out
+    data = json.loads(result(tmp_path / "out"))
+    row = data["sets"]["UCF101"]
+    assert (row["metric"], row["n_query"], row["n_corpus"]) == ("accuracy", 6, 3)
+    assert row["chance"] == pytest.approx(1 / 3)
+    assert set(data["abilities"].values()) == {None}
+    assert "UCF101" in (tmp_path / "out" / SETTING / "report.md").read_text()
+    score = read_results(tmp_path / "out" / SETTING).sets["UCF101"]
+    right = [nearest[0] in rows for nearest, rows in zip(score.nearest, score.positives, strict=True)]
+    assert row["value"] == pytest.approx(np.mean(right))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

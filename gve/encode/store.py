@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from gve.encode.encoder import Encoded, Encoder, Transform, item_key
+from gve.encode.hashes import FileHashes
 from gve.encode.ranks import gather_rows, union, world
 from gve.items import Image, InputError, Item, Video
 
@@ -123,7 +124,7 @@ def encode_items(
     """
     rank, size = world()
     light = hashable or items
-    hashed = _hashed(light, transform)
+    hashed = _hashed(light, transform, FileHashes(store.folder.parent if store.folder else None))
     first: dict[str, int] = {}
     for row in range(len(items)):
         if hashed[row][0]:
@@ -167,17 +168,21 @@ def encode_items(
     return Encoded(vectors, unread)
 
 
-def _hashed(items: Sequence[Item], transform: Transform | None) -> dict[int, tuple[str, str]]:
-    """Row -> (key of what is encoded, "") or ("", why it has none), on every rank; it reads every file once."""
+def _hashed(items: Sequence[Item], transform: Transform | None, files: FileHashes) -> dict[int, tuple[str, str]]:
+    """Row -> (key of what is encoded, "") or ("", why it has none), on every rank; it reads every new file once."""
     rank, size = world()
     hashed: dict[int, tuple[str, str]] = {}
     for row in range(rank, len(items), size):
+        item = items[row]
         try:
-            hashed[row] = (_key(items[row], transform), "")
+            unread = files.recall(item)
+            hashed[row] = (_key(item, transform), "")
+            files.keep(unread)
         except OSError as error:
             hashed[row] = ("", f"missing: {error.filename} ({error.strerror})")
         except InputError as error:
             hashed[row] = ("", str(error))
+    files.write()
     if size > 1:
         everything: list[dict[int, tuple[str, str]]] = [{} for _ in range(size)]
         dist.all_gather_object(everything, hashed)

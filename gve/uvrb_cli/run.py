@@ -89,9 +89,6 @@ def _run(arguments: argparse.Namespace) -> int:
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return _ranked_run(arguments)
-    except RuntimeError as error:  # of the model: out of memory, a killed decoder, another rank's death
-        print(f"gve uvrb run: failed: {str(error).strip().splitlines()[0]}", file=sys.stderr)
-        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -138,7 +135,7 @@ def _ranked_run(arguments: argparse.Namespace) -> int:
             if not sys.stdout.isatty():  # a log file gets lines where a terminal gets bars
                 logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
                 logging.getLogger("gve").setLevel(logging.INFO)
-        runs = BenchmarkRun(
+        benchmark = BenchmarkRun(
             arguments.model,
             load,
             sets,
@@ -157,7 +154,16 @@ def _ranked_run(arguments: argparse.Namespace) -> int:
                 "seed": arguments.seed,
             },
             execution=execution,
-        ).run(settings)
+        )
+        try:
+            runs = benchmark.run(settings)
+        except torch.OutOfMemoryError:
+            print(
+                f"gve uvrb run: failed: {device} is out of memory; what is encoded is kept. Give fewer --batch-tokens "
+                f"than {arguments.batch_tokens}",
+                file=sys.stderr,
+            )
+            return 1
         if place.rank == 0:
             if arguments.json:
                 _print_json(runs)
@@ -215,7 +221,8 @@ def _print_tables(runs: Sequence[SettingRun], out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for run in runs:
         console.print(_set_table(run))
-    console.print(_ability_table(runs))
+    if any(value is not None for run in runs for value in run.results.abilities.values()):
+        console.print(_ability_table(runs))
     for run in runs:
         if run.same_as:
             console.print(f"{run.setting.name} is {run.same_as} to this model: it does not count vision tokens so.")
