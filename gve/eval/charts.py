@@ -66,7 +66,7 @@ def draw_radar(lines: Sequence[Line], axis_labels: Mapping[str, str], title: str
     names = list(axis_labels)
     known = [value for line in lines for name in names if (value := line.values[name]) is not None]
     rim = math.ceil(5 * max([*known, 0.01])) / 5
-    figure = Figure(figsize=(6.4, 6.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 6.6), layout="constrained")
     axes = figure.add_subplot(projection="polar")
     assert isinstance(axes, PolarAxes)
     axes.set_theta_offset(np.pi / 2)
@@ -86,8 +86,8 @@ def draw_radar(lines: Sequence[Line], axis_labels: Mapping[str, str], title: str
             marker=line.marker,
             markersize=4.5 if line.marker != "o" else 3.5,
         )
-        if line.fill:
-            axes.fill(around, np.nan_to_num(radii), color=line.colour, alpha=line.fill, linewidth=0)
+        if line.fill and not np.isnan(radii).any():
+            axes.fill(around, radii, color=line.colour, alpha=line.fill, linewidth=0)
     axes.set_xticks(angles, list(axis_labels.values()), fontsize=11)
     axes.tick_params(axis="x", pad=12)
     rings = [rim * part / 4 for part in (1, 2, 3, 4)]
@@ -97,7 +97,7 @@ def draw_radar(lines: Sequence[Line], axis_labels: Mapping[str, str], title: str
     axes.spines["polar"].set_color(FRAME)
     if title:
         figure.suptitle(title, fontsize=13)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.12, 1.12), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=min(3, len(lines)), frameon=False, fontsize=9)
     return figure
 
 

@@ -81,15 +81,22 @@ class _Run:
         known = {record.name for record in SETS}
         return not self.other_sizes and any(name in known for name in self.data["sets"])
 
+    @property
+    def rows(self) -> dict[str, Mapping[str, Any]]:
+        """Rows of sets. Ranking the whole corpus of a set with pools is a row of its own, not mixed with the pools'."""
+        rows = dict(self.data["sets"])
+        whole = {name: row["whole_corpus"] for name, row in rows.items() if "whole_corpus" in row}
+        return rows | {f"{name} (whole corpus)": row for name, row in whole.items()}
+
     def value(self, name: str) -> float | None:
         if name in self.data["abilities"]:
             return self.data["abilities"][name]
-        return self.data["sets"].get(name, {}).get("value")
+        return self.rows.get(name, {}).get("value")
 
     def bounds(self, name: str) -> Sequence[float] | None:
         if name in self.data["abilities"]:
             return self.data["ability_intervals"][name]
-        return self.data["sets"].get(name, {}).get("interval")
+        return self.rows.get(name, {}).get("interval")
 
     def to_dict(self) -> dict[str, Any]:
         data = self.data
@@ -295,7 +302,7 @@ def _score_tables(runs: Sequence[_Run], *, published: bool) -> list[dict[str, An
     if not runs and not published:
         return []
     known = [record.name for record in SETS]
-    others = sorted({name for run in runs for name in run.data["sets"]} - set(known))
+    others = sorted({name for run in runs for name in run.rows} - set(known))
     tables = [
         _score_table("Abilities", [*AVERAGES, *ABILITIES], runs, published=published),
         _score_table("Sets", known, runs, published=published),
@@ -330,7 +337,7 @@ def _score_table(title: str, names: Sequence[str], runs: Sequence[_Run], *, publ
 
 
 def _own_cell(run: _Run, name: str) -> dict[str, Any]:
-    row = run.data["sets"].get(name)
+    row = run.rows.get(name)
     incomplete = row is not None and not row["complete"]
     return {
         "value": run.value(name),
