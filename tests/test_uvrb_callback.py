@@ -461,6 +461,7 @@ def test_validate_writes_cells(world: Path, tmp_path: Path, asked: list[Item]) -
     again = UVRBEvaluation(str(world / "uvrb"), ablations=specs, **settings)
     validate(world, tmp_path / "run", again)
     assert asked == []
+    assert [path.name for path in (tmp_path / "run" / "embeddings").iterdir()] == ["32-true-float32"]
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
 
 

@@ -174,7 +174,11 @@ class UVRBEvaluation(L.Callback):
     def _in_full(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._evaluated = True
         encoder = self._encoder_of(pl_module)
-        folder = Path(trainer.default_root_dir) / "embeddings" if self.store else None
+        folder = None
+        if self.store:
+            # The arithmetic rounds the vectors, and stands in no hash of weights or inputs.
+            dtype = str(encoder.backbone.model.dtype).removeprefix("torch.")
+            folder = Path(trainer.default_root_dir) / "embeddings" / f"{trainer.precision}-{dtype}"
         stores: dict[str, EmbeddingStore] = {}
         with undisturbed(), trainer.precision_plugin.forward_context():
             scores = self._pass(Ablation("model"), encoder, stores, folder).scores

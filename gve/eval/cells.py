@@ -263,4 +263,6 @@ def _told(cell: Cell | None) -> str:
     if cell.difference is None or cell.difference_low is None or cell.difference_high is None:
         return value
     mark = "*" if cell.difference_low > 0 or cell.difference_high < 0 else ""
-    return f"{value}, {cell.difference:+.3f}{mark} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]"
+    # Adding 0 turns the -0 of a difference that is rounded away into 0.
+    shown, low, high = (round(one, 3) + 0.0 for one in (cell.difference, cell.difference_low, cell.difference_high))
+    return f"{value}, {shown:+.3f}{mark} [{low:+.3f}, {high:+.3f}]"
