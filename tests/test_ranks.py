@@ -145,7 +145,7 @@ def test_the_command_trains_under_fsdp2_with_gradcache(recipe: Path, tmp_path: P
         assert two == pytest.approx(one, rel=2e-3)
 
 
-def validate(recipe: Path, out: Path, ranks: int) -> dict[str, Any]:
+def validate(recipe: Path, out: Path, ranks: int) -> bytes:
     """uvrb.json of `gve validate` of the bare base on so many gloo ranks."""
     command = [sys.executable, "-m", "gve", "validate", "--config", str(recipe), "--uvrb.ablations", "[static]"]
     command += ["--trainer.default_root_dir", str(out), "--trainer.devices", str(ranks)]
@@ -159,22 +159,15 @@ def validate(recipe: Path, out: Path, ranks: int) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((out / "uvrb.json").read_text())
+    return (out / "uvrb.json").read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_two_ranks_score_as_one(recipe: Path, tmp_path: Path) -> None:
-    """Every score of uvrb.json; a clip that is encoded beside others may round otherwise, and turn one query."""
+    """The same bytes: batches are made before ranks are dealt theirs, so not one similarity rounds otherwise."""
     one, two = (validate(recipe, tmp_path / f"ranks{ranks}", ranks) for ranks in (1, 2))
-    assert one["sets"].keys() == two["sets"].keys()
-    assert len(one["sets"]) == 16
-    for name, expected in one["sets"].items():
-        found = two["sets"][name]
-        assert found["n_query"] == expected["n_query"]
-        assert found["complete"]
-        for value, other in (
-            (found["value"], expected["value"]),
-            (found["ablations"]["static"], expected["ablations"]["static"]),
-        ):
-            assert value == pytest.approx(other, abs=1.01 / expected["n_query"])
+    assert one == two
+    sets = json.loads(one)["sets"]
+    assert len(sets) == 16
+    assert all(row["complete"] and 0 <= row["ablations"]["static"] <= 1 for row in sets.values())
