@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, Self
 
+import numpy as np
 import torch
 import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -23,6 +24,7 @@ from gve.inputs import InputBuilder, InputPolicy, Prepared
 from gve.items import Frames, InputError, Item, Text, Video
 from gve.model.backbone import Backbone
 from gve.synth.grammar import Course, Grammars
+from gve.video.source import check_exists
 
 FEATURE_CACHE_BYTES = 1 << 26
 """Some 2,400 clips of the toy world, some 10 of real ones: all questions about a clip share one run of the tower."""
@@ -187,8 +189,9 @@ class ChatModel:
 
     def _decoded(self, part: Video) -> Video:
         """The clip with its frames, kept for the next question about it."""
-        if isinstance(part.source, Frames):
+        if isinstance(part.source, (Frames, np.ndarray)):
             return part
+        check_exists(part.source, part.name)
         key = part.content_hash()
         if key not in self._frames:
             (clip,) = decoded(Item((part,)), self.builder.policy).parts
