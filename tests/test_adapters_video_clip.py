@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from gve.encode.clip import CLIP_SUPPORT, ClipEncoder
+from gve.encode.clip import ClipEncoder
 from gve.encode.pretrained import load_encoder
 from gve.encode.video_clip import Bilinear, LanguageBindVideo, LanguageBindVideoConfig, openai_tokenizer
 from gve.items import Frames, Image, InputError, Item, Text, Video
@@ -373,10 +373,3 @@ def test_refusals(language_bind: tuple[str, Weights], tmp_path: Path) -> None:
     torch.save({"model": np.float64}, tmp_path / "pytorch_model.bin")  # a pickle of more than tensors
     with pytest.raises(InputError, match="cannot be loaded as plain tensors"):
         ClipEncoder.from_pretrained(str(tmp_path))
-
-
-def test_support_names_the_six_dual_encoders_of_the_paper() -> None:
-    assert set(CLIP_SUPPORT) == {
-        "CLIP4Clip", "ViCLIP", "VideoCLIP-XL", "LanguageBind", "InternVideo2-1B", "InternVideo2-6B",
-    }  # fmt: skip
-    assert all(words.startswith(("runs: ", "needs: ")) for words in CLIP_SUPPORT.values())

@@ -94,18 +94,6 @@ FAMILIES: Mapping[str, Usage] = {
     ),
 }
 
-# The dual encoders among the 16 models of the UVRB paper: whether they run here, and how.
-CLIP_SUPPORT: Mapping[str, str] = {
-    "CLIP4Clip": "runs: Searchium-ai/clip4clip-webvid150k (CLIP4Clip's own repository releases no weights)",
-    "ViCLIP": "runs: OpenGVLab/ViCLIP-L-14-hf",
-    "VideoCLIP-XL": "runs: a folder with VideoCLIP-XL.bin of alibaba-pai/VideoCLIP-XL, OpenAI's "
-    'bpe_simple_vocab_16e6.txt.gz and a config.json of {"model_type": "viclip"}',
-    "LanguageBind": "runs: LanguageBind/LanguageBind_Video_Huge_V1.5_FT or LanguageBind_Video_FT",
-    "InternVideo2-1B": "needs: its own picture and text towers, which transformers and sentence-transformers do not "
-    "carry; its repository asks for trust_remote_code, which is never given here",
-    "InternVideo2-6B": "needs: the same as InternVideo2-1B",
-}
-
 NOT_TRAINED = {"logit_scale", "logit_bias"}  # scale a similarity and no vector; absent from weights saved by towers
 
 

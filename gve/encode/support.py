@@ -40,9 +40,15 @@ SUPPORT = (
         "clip",
         "mean of frame vectors; the paper does not name its weights, these are one public set",
     ),
-    Support("ViCLIP", "OpenGVLab/ViCLIP-L-14-hf", "", _OWN_CODE),
-    Support("VideoCLIP-XL", "alibaba-pai/VideoCLIP-XL", "", _OWN_CODE),
-    Support("LanguageBind", "LanguageBind/LanguageBind_Video_Huge_V1.5_FT", "", _OWN_CODE),
+    Support("ViCLIP", "OpenGVLab/ViCLIP-L-14-hf", "clip", "own pooling of frames, exactly 8 of them"),
+    Support(
+        "VideoCLIP-XL",
+        "alibaba-pai/VideoCLIP-XL",
+        "clip",
+        "make a folder of VideoCLIP-XL.bin, OpenAI's bpe_simple_vocab_16e6.txt.gz and a config.json of "
+        '{"model_type": "viclip"}',
+    ),
+    Support("LanguageBind", "LanguageBind/LanguageBind_Video_Huge_V1.5_FT", "clip", "own pooling of 8 frames"),
     Support("InternVideo2-1B", "OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "", _OWN_CODE),
     Support("InternVideo2-6B", "OpenGVLab/InternVideo2-Stage2_6B-224p-f4", "", _OWN_CODE),
     Support("GME-2B", "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", _CLIPS_AS_IMAGES),
