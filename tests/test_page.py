@@ -135,10 +135,18 @@ def test_genuine_runs_stand_beside_published_rows(runs: Path, tmp_path: Path) ->
 
 
 def test_the_published_models_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mteb" / "org__model" / "abc"
+    folder.mkdir(parents=True)
+    score = {"hf_subset": "default", "main_score": 0.4375, "ndcg_at_10": 0.5, "languages": ["eng-Latn"]}
+    result = {"task_name": "SomeT2VRetrieval", "scores": {"test": [score]}, "mteb_version": "2.26.24"}
+    (folder / "SomeT2VRetrieval.json").write_text(json.dumps({**result, "dataset_revision": "1"}))
+    words = ["--published", "--out", str(tmp_path / "p.html"), "--mteb", str(tmp_path / "mteb")]
     with pytest.raises(SystemExit) as end:
-        main(["uvrb", "report", "--published", "--out", str(tmp_path / "p.html")])
+        main(["uvrb", "report", *words])
     assert not end.value.code
     text = (tmp_path / "p.html").read_text()
+    assert re.search(r"SomeT2VRetrieval</td>.*>0\.438</td>", text)  # 0.4375; a table apart from UVRB's
+    assert "SomeT2VRetrieval" not in "".join(re.findall(r'<table class="scores.*?</table>', text, re.DOTALL))
     assert "0.516*" in capsys.readouterr().out
     for words in ("MLLM-type (10)", "CLIP-type (6)", "all (16)", "GME-2B AVG-A: printed 0.416", "Fisher"):
         assert words in text

@@ -19,6 +19,7 @@ from gve.eval.cells import cell_table, read_cells
 from gve.eval.charts import COLOURS, Line, colour_of, draw_curves, draw_differences, draw_heat_map, draw_radar, to_svg
 from gve.eval.comparison import Comparison, compare, run_labels
 from gve.eval.gallery import Thumbnails, make_gallery
+from gve.eval.mteb_results import read_mteb_results
 from gve.eval.published import (
     CORRELATIONS,
     MODEL_TYPES,
@@ -51,6 +52,7 @@ class PageOptions:
         top: results shown of each query, at most 10.
         num_workers: threads that wait for the decoders of thumbnails.
         resamples: bootstrap replicates.
+        mteb: result files of MTEB, or their folders, for a table of their own.
     """
 
     root: str | None = None
@@ -58,6 +60,7 @@ class PageOptions:
     top: int = 5
     num_workers: int = 2
     resamples: int = 10000
+    mteb: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,6 +256,7 @@ def write_page(path: Path, saved: Sequence[SavedResults], options: PageOptions, 
         "ablations": [_ablation_view(run) for run in runs if read_cells(run.saved.folder)],
         "correlations": _correlation_view(),
         "slips": [*map(str, slips()), *map(str, WRONG_QUOTATIONS)],
+        "mteb": read_mteb_results(options.mteb),
         "galleries": galleries,
         "thumbnails": thumbnails,
         "resamples": options.resamples,
@@ -330,9 +334,9 @@ def _score_table(title: str, names: Sequence[str], runs: Sequence[_Run], *, publ
         printed = [{"value": values[name], "interval": None, "mark": ""} for name in names]
         rows.append({"label": model, "kind": kinds[family], "own": False, "cells": printed})
     for column in zip(*(row["cells"] for row in rows), strict=True):
-        best = max(cell["value"] or 0.0 for cell in column)
+        best = max((cell["value"] or 0.0 for cell in column if not cell["mark"]), default=0.0)
         for cell in column:
-            cell["best"] = len(rows) > 1 and cell["value"] == best > 0
+            cell["best"] = len(rows) > 1 and not cell["mark"] and cell["value"] == best > 0
     return {"title": title, "columns": names, "rows": rows, "types": published}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gve.eval.comparison import Comparison, compare, run_labels
@@ -61,6 +62,7 @@ def add_parsers(commands: Any) -> None:
     page.add_argument("--out", help="the page to write, for example page.html; report.html unless --json is given")
     page.add_argument("--published", action="store_true", help="report the paper's 16 models alone, recomputed")
     page.add_argument("--root", help="folder of the sets, for queries and thumbnails; the one that each run names")
+    page.add_argument("--mteb", nargs="+", default=[], metavar="FILE", help="results of MTEB for a table of their own")
     page.add_argument("--gallery", type=int, default=3, help="best and worst queries shown of each set; 0 for none")
     page.add_argument("--top", type=int, default=5, help="results shown of each query, at most 10")
     page.add_argument("--num-workers", type=int, default=2, help="threads that wait for decoders of thumbnails")
@@ -106,11 +108,11 @@ def _check_resamples(resamples: int) -> None:
 def _print_comparison(comparison: Comparison) -> None:
     console = _console()
     for scope, rows in (("ability", comparison.abilities), ("set", comparison.sets)):
-        table = Table(title=f"{comparison.model} minus {comparison.baseline}", title_justify="left")
+        table = Table(title=escape(f"{comparison.model} minus {comparison.baseline}"), title_justify="left")
         table.add_column(scope, no_wrap=True)
         heads = [comparison.baseline, comparison.model, "difference", "95% interval"]
         for head in [*heads, *(["p", "p (Holm)", "queries"] if scope == "set" else [])]:
-            table.add_column(head, justify="right")
+            table.add_column(escape(head), justify="right")
         for name, row in rows.items():
             low, high = row["interval"]
             marked = name if row.get("complete", True) else f"{name} (incomplete)"
@@ -156,6 +158,7 @@ def _report(arguments: argparse.Namespace) -> int:
             top=arguments.top,
             num_workers=arguments.num_workers,
             resamples=arguments.resamples,
+            mteb=tuple(arguments.mteb),
         )
         write_page(Path(out), runs, options)
         print(f"report: {out}", file=sys.stderr)
