@@ -26,8 +26,8 @@ STOPPED = 85
 CAPTIONERS = {
     "server": "gve.synth.server:ServerCaptioner",
     "local": "gve.synth.local:LocalCaptioner",
-    "toy": "gve.toy.oracle:ToyCaptioner",
-    "oracle": "gve.toy.oracle:OracleCaptioner",
+    "embedded": "gve.toy.embedded:EmbeddedCaptioner",
+    "oracle": "gve.toy.oracle:Oracle",
 }
 """Kind of captioner -> its class."""
 

@@ -206,7 +206,7 @@ def read(source: SourceOptions, name: str) -> Iterator[Record]:
     Raises:
         InputError: it does not exist, or is not what its kind says.
     """
-    if "://" in str(source.path):
+    if re.match(r"[a-z][a-z0-9+]+:/", str(source.path)):  # a path keeps one of the two slashes
         raise InputError(f"{source.path}: sources are read from local files, fetch it first")
     if not source.path.exists():
         raise InputError(f"{source.path} does not exist: give the folder or list of the videos as a source's `path`")

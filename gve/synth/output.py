@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,7 +50,7 @@ class OutputOptions:
 
 
 class Output:
-    """Writes the shards, all of them or none; killed, it writes them anew."""
+    """Writes the shards; killed in the middle, it writes them anew, over what is there."""
 
     Options: ClassVar[type] = OutputOptions
     scope: ClassVar[Scope] = "run"
@@ -71,29 +70,35 @@ class Output:
 
     def run(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """Raises InputError when no pair is left to write."""
-        written, reasons = 0, Counter[str]()
-        with ExitStack() as stack:
-            writers: dict[str, ShardWriter] = {}
+        reasons = Counter[str]()
+        writers: dict[str, ShardWriter] = {}
+        try:
             for row, read in self._read(rows):
-                if isinstance(read, Reject):
-                    reasons[read.reason] += 1
-                    yield Outcome(row["id"], rejects=(read,))
-                    continue
-                task = row["task"]
-                if task not in writers:
-                    writers[task] = stack.enter_context(self._writer(task))
-                provenance = {**row.get("provenance", {}), "id": row["id"], "of": row["of"]}
-                try:
-                    key = writers[task].write(read, provenance)
-                except InputError as error:  # not what its task says, or text that is no valid Unicode
-                    reasons["pair"] += 1
-                    yield Outcome.drop(row, "output", "pair", detail=str(error))
-                    continue
-                written += 1
-                yield Outcome(row["id"], ({"id": row["id"], "task": task, "of": row["of"], "key": key},))
-            if not written:
+                outcome = self._written(row, read, writers)
+                reasons.update(reject.reason for reject in outcome.rejects)
+                yield outcome
+            if not any(writer.count for writer in writers.values()):
                 why = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none was made"
                 raise InputError(f"no pair is left to write ({why}): funnel.json says what became of the input")
+            for writer in writers.values():
+                if writer.count:
+                    writer.close()
+        finally:
+            for writer in writers.values():
+                writer.abort()  # harmless where it is closed
+
+    def _written(self, row: Row, read: Pair | Reject, writers: dict[str, ShardWriter]) -> Outcome:
+        if isinstance(read, Reject):
+            return Outcome(row["id"], rejects=(read,))
+        task = row["task"]
+        if task not in writers:
+            writers[task] = self._writer(task)
+        provenance = {**row.get("provenance", {}), "id": row["id"], "of": row["of"]}
+        try:
+            key = writers[task].write(read, provenance)
+        except InputError as error:  # not what its task says, or text that is no valid Unicode
+            return Outcome.drop(row, "output", "pair", detail=str(error))
+        return Outcome(row["id"], ({"id": row["id"], "task": task, "of": row["of"], "key": key},))
 
     def _writer(self, task: str) -> ShardWriter:
         options = self._options
