@@ -166,4 +166,4 @@ def test_the_largest_set_at_the_width_of_gve_7b() -> None:
     took, peak, block = large(15000, 15000, 3584, 280)
     print(f"15,000 x 15,000 x 3,584: {took:.1f} s, {peak:.0f} MiB above the arguments")
     assert peak < 1.9 * block
-    assert took < 120  # 20 to 25 s on two shared cores at 75 GFLOP/s
+    assert took < 240  # 24 s on two cores at 76 GFLOP/s; threads of a crowded machine wait for each other

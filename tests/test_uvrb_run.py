@@ -27,6 +27,7 @@ from gve.items import InputError
 from gve.toy.base import write_base
 from gve.uvrb_cli import main
 from test_evaluation import permuted
+from tiny_clip import write_dual_encoder
 
 SETS = ("CRB-G", "CRB-S", "CRB-T", "MSRVTT-I2V")
 SMALL = ("--frames", "2", "--tokens", "4", "--num-workers", "0", "--resamples", "100")
@@ -331,6 +332,18 @@ def test_classification_runs_by_name_and_enters_no_average(
     score = read_results(tmp_path / "out" / SETTING).sets["UCF101"]
     right = [nearest[0] in rows for nearest, rows in zip(score.nearest, score.positives, strict=True)]
     assert row["value"] == pytest.approx(np.mean(right))
+
+
+def test_another_kind_of_model_runs_alike(worlds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A CLIP by its folder alone. It counts no vision tokens, which is said, and is not encoded twice for them."""
+    write_dual_encoder(tmp_path / "clip", "clip")
+    sets = ("CRB-G", "CRB-S", "MSRVTT-I2V")
+    assert run(tmp_path / "clip", worlds / "uvrb", tmp_path / "out", "--tokens", "4", "8", sets=sets) == 0
+    assert "frames2-tokens8 is frames2-tokens4 to this model" in capsys.readouterr().out
+    first, second = read_runs(tmp_path / "out")
+    assert encoded(tmp_path / "out") == {SETTING: sum(contents(worlds / "uvrb", sets)), "frames2-tokens8": 0}
+    assert first.data["sets"] == second.data["sets"]
+    assert first.data["weights"] == second.data["weights"] != ""
 
 
 @pytest.mark.parametrize(

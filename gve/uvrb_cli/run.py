@@ -225,7 +225,7 @@ def _print_tables(runs: Sequence[SettingRun], out: Path) -> None:
         console.print(_ability_table(runs))
     for run in runs:
         if run.same_as:
-            console.print(f"{run.setting.name} is {run.same_as} to this model: it does not count vision tokens so.")
+            console.print(f"{run.setting.name} is {run.same_as} to this model: nothing that differs reaches it.")
         for name, row in run.results.data["sets"].items():
             for line in row["missing"][:5]:
                 console.print(f"{run.setting.name}, {name}: unread {line}", markup=False)
