@@ -117,12 +117,6 @@ class RetrievalSet:
     notes: tuple[str, ...] = ()
     data_hash: str = ""
 
-    @property
-    def published_size(self) -> bool:
-        """Whether the counts are the paper's: the benchmark itself, not a stand-in of the same name."""
-        size = len(self.pools[0]) if self.record.pooled and self.pools else len(self.corpus)
-        return (len(self.queries), size) == (self.record.num_queries, self.record.num_corpus)
-
     def subset(self, max_queries: int, seed: int = 0) -> RetrievalSet:
         """The same gallery with at most `max_queries` queries, chosen by the seed; pooled sets keep only used clips."""
         if len(self.queries) <= max_queries:

@@ -37,7 +37,7 @@ def add_parsers(commands: Any) -> None:
         "compare",
         formatter_class=formatter,
         help="each run minus the first: paired differences with intervals, Holm over the sets",
-        description="Subtracts the first run from every other, query by query. Intervals are 95%%, by a bootstrap over "
+        description="Subtracts the first run from every other, query by query. Intervals are 95%, by a bootstrap over "
         "queries clustered by video; p-values are two-sided and adjusted by Holm over the sets of one comparison. Runs "
         "on other data are refused. Exit 1 when a set is incomplete in one of the runs.",
     )
