@@ -299,9 +299,10 @@ def passed(row: Row) -> Outcome:
 def work_through(desk: Desk) -> list[str]:
     """Lets every row of a desk pass; their ids."""
     ids = []
-    for row in desk.rows():
-        ids.append(row["id"])
-        desk.emit(passed(row))
+    with desk:
+        for row in desk.rows():
+            ids.append(row["id"])
+            desk.emit(passed(row))
     return ids
 
 
@@ -439,7 +440,7 @@ def test_a_death_between_file_and_manifest_is_mended(
     with Worker(tmp_path) as worker, monkeypatch.context() as patch:
         patch.setattr(StepFolder, "seal", die)
         with pytest.raises(Death):
-            work_through(Desk(step, units, worker))
+            work_through(Desk(step, {"00000": units["00000"]}, worker))
     assert (step.path / "00000.jsonl").exists()
     assert not (step.path / "00000.json").exists()
     with Worker(tmp_path) as worker:
@@ -700,10 +701,8 @@ def test_a_server_of_64_slots_is_kept_busy_over_small_units(whole: tuple[Path, P
     source.close(["00000"])
     units = {f"{i:05d}": piece for i, piece in enumerate(source.slices())}
     assert len(units) == 100
-    with Worker(tmp_path) as worker:
-        desk = Desk(folder, units, worker)
+    with Worker(tmp_path) as worker, Desk(folder, units, worker) as desk:
         asyncio.run(converse(Tell(TellOptions(), context(tmp_path)), slots, desk.rows(), desk, desk.emit))
-        desk.check_empty()
     assert folder.close(list(units))
     # 1,400 first questions, two more rounds for the 70 that end in 7 and the 70 that end in 9.
     assert len(slots.busy) == 1400 + 2 * 140

@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,8 +32,6 @@ from gve.synth.records import Reject, Reply
 from gve.synth.units import Identity, Outcome, Row, Usage, canonical
 
 DONE, IDENTITY = "done.json", "identity.json"
-FSYNC_S = 1.0
-"""A kill loses nothing that was written; a power cut loses at most so many seconds of a worker's lines."""
 
 
 @dataclass
@@ -292,7 +289,7 @@ class OpenUnit:
         self._recover()
         self.pending = [row for row in rows if row["id"] not in self._lines]
         self._file: BinaryIO | None = None
-        self._synced = time.monotonic()
+        self._dirty = False
         if len(self._order) != len(rows):
             raise ValueError(f"unit {claim.unit} of {claim.folder}: two rows have one id")
 
@@ -347,9 +344,13 @@ class OpenUnit:
             raise OSError(error.errno, error.strerror, str(self._part)) from error
         if not whole:  # the disk took a part of it; the next write would have raised
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._part))
-        if time.monotonic() - self._synced > FSYNC_S:
+        self._dirty = True
+
+    def sync(self) -> None:
+        """Makes what was written so far survive a power cut."""
+        if self._dirty and self._file is not None:
+            self._dirty = False
             os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
 
     def finish(self, folder: StepFolder) -> None:
         """Publishes the unit, its outcomes in the order of the rows, unless it was taken over."""
