@@ -13,6 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gve import uvrb_cli
 from gve.data.mixture import mixture
 from gve.data.shards import ShardWriter
 from gve.data.sources import open_sources
@@ -65,6 +66,15 @@ def test_the_readmes_fit_commands_parse() -> None:
         assert config.model.dtype == "bfloat16"
         if "gpu1" in line:
             assert (config.trainer.devices, config.trainer.num_nodes, config.data.batch_size) == (1, 1, 64)
+
+
+def test_the_readmes_uvrb_commands_parse() -> None:
+    """Each `gve uvrb` line of the README; tests of their own run the commands on toy sets."""
+    lines = re.findall(r"^gve uvrb (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    parsed = [uvrb_cli.parse(shlex.split(line, comments=True)) for line in lines]
+    assert {own.command for own in parsed} == {"list", "prepare", "check", "run", "compare", "report"}
+    grid = next(own for own in parsed if own.command == "run" and len(own.frames) > 1)
+    assert (grid.frames, grid.tokens) == ([8, 16, 48], [200, 400, 800])
 
 
 @pytest.mark.parametrize(("size", "trained"), [("3b", 27_574_272), ("7b", 37_158_912)])

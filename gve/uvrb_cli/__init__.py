@@ -28,6 +28,16 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0 done, 1 the work failed or a set is incomplete, 2 the input cannot be used.
     """
+    arguments = parse(argv)
+    try:
+        return arguments.handler(arguments)
+    except OSError as error:
+        print(f"gve uvrb {arguments.command}: failed: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; exits with 2 where they cannot be read."""
     parser = argparse.ArgumentParser(
         prog="gve uvrb", description="UVRB: 16 sets of universal video retrieval, 9 abilities, for any embedder."
     )
@@ -35,9 +45,4 @@ def main(argv: Sequence[str]) -> int:
     own = MODULES.get(argv[0]) if argv else None
     for module in [own] if own else dict.fromkeys(MODULES.values()):  # the overview needs them all
         importlib.import_module(f"gve.uvrb_cli.{module}").add_parsers(commands)
-    arguments = parser.parse_args(argv)
-    try:
-        return arguments.handler(arguments)
-    except OSError as error:
-        print(f"gve uvrb {arguments.command}: failed: {error}", file=sys.stderr)
-        return 1
+    return parser.parse_args(argv)
