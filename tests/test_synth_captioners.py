@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
 import json
 import random
@@ -233,7 +234,7 @@ def test_open_requests_are_bounded_and_drawn_as_they_are_answered() -> None:
 
     most, server = with_server(SynthServer(latency_s=0.01), use, concurrency=5, prefetch=2)
     assert server.most_open == 5
-    assert most <= 7 + 7  # places, and those of one wake-up that are handed over one by one
+    assert most == 7
     assert len(taken) == 60
 
 
@@ -655,10 +656,10 @@ class Ask:
     """A stage that asks one question about each row's clip."""
 
     def __init__(self, media: list[bytes]) -> None:
-        self.media = media
+        self.media = [Video(data, hashlib.sha256(data).hexdigest()) for data in media]  # as locators give them
 
     def work(self, row: Row) -> Iterator[Any]:
-        (reply,) = yield [question(row["id"], Video(self.media[row["clip"]]))]
+        (reply,) = yield [question(row["id"], self.media[row["clip"]])]
         return Outcome(row["id"], rows=({**row, "caption": reply.value},))
 
 
@@ -673,13 +674,15 @@ class Forgetful:
 
 
 @pytest.mark.slow
-def test_a_server_of_64_slots_is_kept_busy() -> None:
+@pytest.mark.parametrize("latency_s", [0.2, 0.8])
+def test_a_server_of_64_slots_is_kept_busy(latency_s: float) -> None:
     """At 200 ms an answer, 64 slots take 320 requests a second: what a request costs here must stay below 1/320 s.
 
-    The cost is measured in time of a core, since the clock on the wall belongs to whatever else runs; the share of busy
-    slots is asserted where the machine had a core to give.
+    The cost is measured in time of a core, since the clock on the wall belongs to whatever else runs. The share of busy
+    slots is asserted at 80 requests a second, and at 320 where the machine had a core to give.
     """
-    command = [sys.executable, str(Path(__file__).parent / "synth_server.py"), "--latency-s", "0.2", "--slots", "64"]
+    command = [sys.executable, str(Path(__file__).parent / "synth_server.py")]
+    command += ["--latency-s", str(latency_s), "--slots", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -696,9 +699,9 @@ def test_a_server_of_64_slots_is_kept_busy() -> None:
         finally:
             process.kill()
     assert len(outcomes) == stats["requests"] == 2000
-    print(
-        f"{core_s / 2.0:.2f} ms of a core a request, {2000 / wall_s:.0f} a second, occupancy {stats['occupancy']:.3f}"
-    )
-    assert core_s / 2000 < 1 / 320
-    if core_s / wall_s > 0.5 or stats["occupancy"] > 0.9:
-        assert stats["occupancy"] >= 0.9
+    assert stats["most_open"] == 64
+    cost_s, occupancy = core_s / 2000, stats["occupancy"]
+    print(f"{cost_s * 1e3:.2f} ms of a core a request, {2000 / wall_s:.0f} a second, occupancy {occupancy:.3f}")
+    assert cost_s < 1 / 320
+    if latency_s > 0.5 or core_s / wall_s > 0.5:
+        assert occupancy >= 0.9

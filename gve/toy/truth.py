@@ -86,7 +86,7 @@ class Truth:
         """
         pictures, indices, length = _pictures(part)
         differences = np.stack([self._differences(picture) for picture in pictures])  # [P, drawn frames]
-        nearest, clip, seen = np.inf, (), ()
+        nearest, clip, seen = np.inf, next(iter(self.clips.values())), np.zeros(1, np.int64)
         for own, rows in zip(self.clips.values(), self._drawn[1], strict=True):
             begins = np.arange(max(len(rows) - length, 0) + 1)
             places = np.minimum(begins[:, None] + indices, len(rows) - 1)  # [begins, P]
@@ -153,7 +153,8 @@ def _reduced(picture: np.ndarray) -> np.ndarray:
 
 def _scene(values: Mapping[str, Any]) -> Scene:
     def thing(own: Mapping[str, Any]) -> Thing:
-        return Thing(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+        place, course, slide = (tuple(own[name]) for name in ("place", "course", "slide"))
+        return Thing(own["color"], own["shape"], own["size"], place, course, slide)  # type: ignore[arg-type]
 
     return Scene(
         things=tuple(map(thing, values["things"])),
