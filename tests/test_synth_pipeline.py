@@ -24,13 +24,14 @@ import yaml
 
 from gve.cli import main
 from gve.items import InputError
+from gve.synth import config
 from gve.synth.asking import converse
 from gve.synth.config import build, make_plan, read_config
 from gve.synth.crew import WorkError, redo, run
 from gve.synth.folder import OpenUnit, Slice, StepFolder
 from gve.synth.leases import Beat, Claim, Worker, link_once, take
 from gve.synth.media import MediaStore
-from gve.synth.pipeline import Desk, Plan, funnel, work
+from gve.synth.pipeline import Desk, Plan, RunOptions, funnel, work
 from gve.synth.records import Reject, Reply, Request
 from gve.synth.status import check_files
 from gve.synth.units import Context, Identity, Outcome, Row, Usage, deciding
@@ -847,3 +848,17 @@ def test_this_machine_has_a_name() -> None:
         here = leases._machine()
         patch.setattr(socket, "gethostname", lambda: "elsewhere")
         assert leases._machine() != here
+
+
+@pytest.mark.parametrize("path", sorted((TESTS.parent / "configs/synth").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configurations_of_the_project_are_understood(path: Path) -> None:
+    """Every section of every file, key by key."""
+    values = read_config(path)
+    assert set(values) <= {"seed", "encoder", "captioner", "run", *config.STEPS}
+    for name, section in values.items():
+        if name in config.STEPS:
+            build(config.find_class(config.STEPS[name], name).Options, section, name)
+    kind = values["captioner"].pop("kind")
+    assert build(config.find_class(CAPTIONERS[kind], "captioner").Options, values["captioner"], "captioner")
+    assert build(config.EncoderOptions, values["encoder"], "encoder").model
+    assert build(RunOptions, values["run"], "run").workers
