@@ -1,4 +1,4 @@
-"""The tiny base: the real Qwen2.5-VL class with 2.2M parameters, and a small BPE tokenizer with Qwen's special tokens.
+"""The tiny base: the real Qwen2.5-VL class with 2.5M parameters, and a small BPE tokenizer with Qwen's special tokens.
 
 The package carries one that was trained by next-token answers and captions (`gve.toy.pretraining`), as a hub folder
 (config.json, model.safetensors in float16, tokenizer files, preprocessor_config.json), loaded by the same path as a
@@ -27,12 +27,14 @@ EMBEDDED = Path(__file__).parent / "weights"
 """The base that the package carries, as a hub folder (experiments/0001-toy-base)."""
 SUMS = "SHA256SUMS"
 WIDTH = 192
-LAYERS = 3  # of the language model
+LAYERS = 4  # of the language model
 TOWER_WIDTH = 128
 TOWER_LAYERS = 3
-# The rows and columns of a clip's grid are turned by the slower two thirds of the frequencies. With the released
-# 1e6 they are below 0.03, and at a grid of 3 x 3 the language model hardly tells one cell from the next.
-ROPE_THETA = 20.0
+# With the released 1e6 and thirds, rows and columns of a 3 x 3 grid are turned by angles below 0.03, and the language
+# model hardly tells one cell from the next; with a small theta all frequencies turn, and none is left to match words by
+# meaning wherever they stand. This lies between, and gives rows and columns the faster part of what is slow.
+ROPE_THETA = 1000.0
+MROPE_SECTION = (2, 3, 11)  # frequencies of time, rows and columns
 VOCABULARY = 768  # byte tokens, merges and special tokens together, at most
 # The special tokens of Qwen2.5, in their order; ids follow the vocabulary, as in the real one.
 SPECIAL_TOKENS = (
@@ -124,7 +126,7 @@ def tiny_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-6,
             "initializer_range": round(WIDTH**-0.5, 4),
-            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": list(MROPE_SECTION)},
             "tie_word_embeddings": True,
             "bos_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,

@@ -17,6 +17,41 @@ from gve.toy.families import CELLS, Maker, is_held_out, legal_events, with_event
 from gve.toy.forms import Fact, Form, Noun
 from gve.toy.scenes import CAMERA_MOVES, DIRECTIONS, SIZES, STILL_CAMERA, Scene, Thing
 
+# Dialect -> what is asked, in words that tell which dialect the answer is to have.
+QUESTIONS = {
+    "A": {
+        "colour": "What colour is {one}?",
+        "shape": "What is {one}?",
+        "size": "How large is {one}?",
+        "where": "Where is {one}?",
+        "what": "What is {place}?",
+        "relation": "How does {one} stand to {other}?",
+        "places": "What is in each place, row by row?",
+        "ground": "What is the background?",
+        "count": "How many shapes are there?",
+        "move": "What does {one} do?",
+        "quarters": "What happens in each quarter?",
+        "turn": "What happens {turn}?",
+        "after": "What happens after {event}?",
+        "camera": "What does the camera do?",
+    },
+    "B": {
+        "colour": "Which colour does {one} have?",
+        "shape": "Which figure is {one}?",
+        "size": "Of what size is {one}?",
+        "where": "In which place is {one}?",
+        "what": "What do you see {place}?",
+        "relation": "Seen from {other}, where is {one}?",
+        "places": "Name what stands in every place, row after row.",
+        "ground": "What stands behind everything?",
+        "count": "What is the number of figures?",
+        "move": "How does {one} behave?",
+        "quarters": "Name what goes on in every quarter.",
+        "turn": "What comes {turn}?",
+        "after": "What comes after {event}?",
+        "camera": "How is the camera led?",
+    },
+}
 COUNTS = ("no", "one", "two", "three", "four", "five")
 ORDINALS = ("first", "second", "third", "fourth")
 
@@ -97,67 +132,69 @@ def _name(thing: Thing) -> Noun:
 
 def still_turns(scene: Scene, teller: Teller) -> Iterator[Turn]:
     """Every short question on what a picture at rest shows."""
-    d = teller.dialect
+    d, ask = teller.dialect, QUESTIONS[teller.dialect.name]
     by_place = {thing.place: thing for thing in scene.things}
     for thing in scene.things:
         shape, color, both = (d.noun(n, "the") for n in (Noun("", thing.shape), Noun(thing.color), _name(thing)))
         named = teller.one([both, shape, color])
-        yield Turn("colour", f"What colour is {shape}?", d.colors.get(thing.color, thing.color), Form((_name(thing),)))
-        yield Turn("shape", f"What is {color}?", d.noun(Noun("", thing.shape)), Form((_name(thing),)))
+        yield Turn(
+            "colour", ask["colour"].format(one=shape), d.colors.get(thing.color, thing.color), Form((_name(thing),))
+        )
+        yield Turn("shape", ask["shape"].format(one=color), d.noun(Noun("", thing.shape)), Form((_name(thing),)))
         size = d.sizes.get(thing.size, thing.size)
-        yield Turn("size", f"How large is {named}?", size, Form((_name(thing) | Noun("", "", thing.size),)))
+        yield Turn("size", ask["size"].format(one=named), size, Form((_name(thing) | Noun("", "", thing.size),)))
         at = Form((_name(thing),), (Fact("at", thing.place, (0,)),))
-        yield Turn("place", f"Where is {named}?", d.at(thing.place), at)
+        yield Turn("place", ask["where"].format(one=named), d.at(thing.place), at)
     for place in CELLS:
-        found = by_place.get(place)
+        found, question = by_place.get(place), ask["what"].format(place=d.at(place))
         if found:
             noun = _name(found) | Noun("", "", found.size)
-            yield Turn("place", f"What is {d.at(place)}?", d.noun(noun), Form((noun,), (Fact("at", place, (0,)),)))
+            yield Turn("place", question, d.noun(noun), Form((noun,), (Fact("at", place, (0,)),)))
         elif teller.coin(0.2):
-            yield Turn("place", f"What is {d.at(place)}?", "nothing", Form())
+            yield Turn("place", question, "nothing", Form())
     for one in scene.things:
         for other in scene.things:
             if one is not other:
                 kind = captions.relation(one, other)
-                question = f"How does {d.noun(_name(one), 'the')} stand to {d.noun(_name(other), 'the')}?"
+                question = ask["relation"].format(one=d.noun(_name(one), "the"), other=d.noun(_name(other), "the"))
                 yield Turn(
                     "relation", question, d.relations[kind], Form((_name(one), _name(other)), (Fact(kind, who=(0, 1)),))
                 )
     words = [d.noun(_name(t) | Noun("", "", t.size)) if (t := by_place.get(place)) else "nothing" for place in CELLS]
     nouns = tuple(_name(thing) | Noun("", "", thing.size) for thing in scene.things)
     at_all = tuple(Fact("at", thing.place, (i,)) for i, thing in enumerate(scene.things))
-    yield Turn("list", "What is in each place, row by row?", ", ".join(words), Form(nouns, at_all))
+    yield Turn("list", ask["places"], ", ".join(words), Form(nouns, at_all))
     ground = Form((), (Fact("ground", scene.ground),))
-    yield Turn("ground", "What is the background?", d.ground(scene.ground), ground)
+    yield Turn("ground", ask["ground"], d.ground(scene.ground), ground)
     count = len(scene.things)
-    yield Turn("count", "How many shapes are there?", COUNTS[count], Form((), (Fact("count", count),)))
+    yield Turn("count", ask["count"], COUNTS[count], Form((), (Fact("count", count),)))
 
 
 def moving_turns(scene: Scene, teller: Teller) -> Iterator[Turn]:
     """Every short question on what happens in a clip."""
-    d = teller.dialect
+    d, ask = teller.dialect, QUESTIONS[teller.dialect.name]
     for thing in scene.things:
         noun = _name(thing)
         named = d.noun(teller.one([noun, Noun("", thing.shape), Noun(thing.color)]), "the")
         happenings = tuple(dict.fromkeys(thing.events))
         facts = tuple(Fact("does", event, (0,)) for event in happenings) or (Fact("rests", who=(0,)),)
-        yield Turn("move", f"What does {named} do?", d.does(happenings or ("",)), Form((noun,), facts))
+        yield Turn("move", ask["move"].format(one=named), d.does(happenings or ("",)), Form((noun,), facts))
     yield _quarters(scene, teller)
     steps = captions.timeline(scene) if one_at_a_time(scene) else []
     for i, (who, what) in enumerate(steps):
         told = f"{d.noun(_name(scene.things[who]), 'the')} {d.verbs[what]}"
         form = Form((_name(scene.things[who]),), (Fact("does", what, (0,)),))
-        yield Turn("order", f"What happens {ORDINALS[i]}?", told, form)
+        yield Turn("order", ask["turn"].format(turn=ORDINALS[i]), told, form)
         if i == len(steps) - 1:
-            yield Turn("order", "What happens last?", told, form)
+            yield Turn("order", ask["turn"].format(turn="last"), told, form)
     for (who, what), (then_who, then_what) in pairwise(steps):
         if steps.count((who, what)) == 1:
             before = f"{d.noun(_name(scene.things[who]), 'the')} {d.verbs[what]}"
             after = f"{d.noun(_name(scene.things[then_who]), 'the')} {d.verbs[then_what]}"
             nouns = tuple(_name(scene.things[i]) for i in dict.fromkeys((who, then_who)))
             form = Form(nouns, (Fact("order", (what, then_what), (0, len(nouns) - 1)),))
-            yield Turn("order", f"What happens after {before}?", after, form)
-    yield Turn("camera", "What does the camera do?", d.camera(scene.camera), Form((), (Fact("camera", scene.camera),)))
+            yield Turn("order", ask["after"].format(event=before), after, form)
+    yield Turn("camera", ask["camera"], d.camera(scene.camera), Form((), (Fact("camera", scene.camera),)))
 
 
 def _quarters(scene: Scene, teller: Teller) -> Turn:
@@ -168,7 +205,7 @@ def _quarters(scene: Scene, teller: Teller) -> Turn:
         acts = [f"{d.noun(_name(t), 'the')} {d.verbs[t.course[slot]]}" for t in scene.things if t.course[slot]]
         told.append(" and ".join(acts) or "nothing")
     facts = tuple(Fact("does", e, (i,)) for i, t in enumerate(scene.things) for e in dict.fromkeys(t.course) if e)
-    return Turn("list", "What happens in each quarter?", ", ".join(told), Form(tuple(map(_name, scene.things)), facts))
+    return Turn("list", QUESTIONS[d.name]["quarters"], ", ".join(told), Form(tuple(map(_name, scene.things)), facts))
 
 
 def one_at_a_time(scene: Scene) -> bool:
@@ -190,10 +227,11 @@ def caption_turns(scene: Scene, teller: Teller, moving: bool) -> Iterator[Turn]:
         kinds += ["main object"] if sizes[0] == "large" and "large" not in sizes[1:] else []
     for kind in kinds:
         told = captions.KINDS[kind](scene, teller)
-        yield Turn("caption", REQUESTS[kind], told.text, told.story[0])
+        request = (REQUESTS if teller.terse else OTHER_REQUESTS)[kind]
+        yield Turn("caption", request, told.text, told.story[0])
 
 
-# Kind of caption -> how it is asked for.
+# Kind of caption -> how it is asked for, in dialect A and in B.
 REQUESTS = {
     "short": "Describe the video in one sentence.",
     "paragraph": "Tell what each shape does.",
@@ -206,4 +244,17 @@ REQUESTS = {
     "theme": "Describe the theme.",
     "keywords": "List keywords.",
     "static": "Describe the picture.",
+}
+OTHER_REQUESTS = {
+    "short": "Say in one sentence what the video shows.",
+    "paragraph": "Tell how each figure behaves.",
+    "spatial": "Say where the figures stand.",
+    "temporal": "Tell what comes after what.",
+    "general": "Say where the figures stand and what comes after what.",
+    "main object": "Say what the main figure is.",
+    "detailed": "Say in detail what the video shows.",
+    "camera": "Say how the camera is led.",
+    "theme": "Say what the video is like.",
+    "keywords": "Give keywords.",
+    "static": "Say what the picture shows.",
 }

@@ -44,6 +44,9 @@ from gve.toy.uvrb import Builder
 
 GRID_TIMES_S = np.arange(4, dtype=np.float32)  # 8 of 32 frames at 8 fps: one grid step a second by the released rule
 HELD_OUT_LESSONS = 192  # fixed lessons that are only measured on
+# Kind of short question -> how likely it is asked before another; 1 where it is not named. There are many questions on
+# things in a scene, and one each on its ground and its camera.
+WEIGHTS = {"shape": 0.5, "count": 0.5, "size": 0.7, "move": 1.5, "order": 2.0, "ground": 3.0, "camera": 4.0}
 TERSE_SHARE = 0.7  # of lessons told in dialect A; the rest in B
 
 
@@ -55,6 +58,7 @@ class Stage:
         until: share of the run's steps at which the stage ends.
         still, clip, text: weights of lessons on a picture, on a clip, and on a text that tells a clip.
         captions: share of lessons on pictures and clips that begin with a caption.
+        lists: share of the others that begin with a list of all nine places or of all four quarters.
     """
 
     until: float
@@ -62,6 +66,7 @@ class Stage:
     clip: float
     text: float
     captions: float = 0.0
+    lists: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,6 @@ class Recipe:
         matrix_lr: of all other matrices (Muon).
         decay_from: share of the run from which both fall linearly to nothing.
         tokens: of questions and answers in a lesson, about; a first answer is never cut.
-        lists: share of lessons that begin with a list of all nine places or of all four quarters.
         stages: in order; the last one ends at 1.
     """
 
@@ -87,8 +91,7 @@ class Recipe:
     matrix_lr: float = 3e-3
     decay_from: float = 0.6
     tokens: int = 90
-    lists: float = 0.6
-    stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(1.0, 1, 2, 0.3),))
+    stages: tuple[Stage, ...] = field(default_factory=lambda: (Stage(1.0, 1, 2, 0.3, 0.0, 0.6),))
 
     def __post_init__(self) -> None:
         if not self.stages or self.stages[-1].until != 1 or self.steps < 1 or self.batch < 1:
@@ -220,19 +223,15 @@ class Lessons:
         if form == "text":  # the text tells every fact but the order
             moves = [turn for turn in moves if turn.kind not in ("order", "list")]
         lists = [turn for turn in (*short, *moves) if turn.kind == "list"]
-        short = [turn for turn in short if turn.kind != "list"]
-        moves = [turn for turn in moves if turn.kind != "list"]
         first: list[lessons.Turn] = []
         if form != "text" and chance.random() < stage.captions:
             first = [chance.choice(list(lessons.caption_turns(scene, teller, moving)))]
-        elif chance.random() < self.recipe.lists:
+        elif chance.random() < stage.lists:
             first = [chance.choice(lists)]
-        chance.shuffle(short)
-        chance.shuffle(moves)
-        mixed = []
-        while short or moves:
-            mixed.append((moves if moves and (not short or chance.random() < 0.6) else short).pop())
-        return first + mixed
+        others = [turn for turn in (*short, *moves) if turn.kind != "list"]
+        # Drawn without putting back, each as likely as its kind weighs (Efraimidis and Spirakis, 2006).
+        others.sort(key=lambda turn: chance.random() ** (1 / WEIGHTS.get(turn.kind, 1.0)), reverse=True)
+        return first + others
 
     def _conversation(
         self, medium: str, body: Sequence[int], visions: Sequence[VisionSpan], turns: Iterable[lessons.Turn]
