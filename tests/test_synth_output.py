@@ -21,6 +21,7 @@ from gve.synth.config import build, make_plan, read_config
 from gve.synth.crew import run
 from gve.synth.media import MediaStore
 from gve.synth.output import Output, OutputOptions
+from gve.synth.status import Watch
 from gve.synth.units import Outcome, Row
 from gve.synth_cli import CAPTIONERS
 from test_synth_inputs import context, mp4
@@ -83,6 +84,7 @@ def test_shards_hold_every_pair_with_its_provenance(made: Path, config: Path) ->
         "prompt": "p1",
         "model": "m1",
     }
+    assert Watch(made).look()["finished"]
     numbers = json.loads((made / "funnel.json").read_text())
     assert numbers["steps"][-1] == numbers["steps"][-1] | {"step": "output", "in": 22, "out": 22, "rejected": {}}
     written = [json.loads(line)["rows"][0] for line in (made / "output/00000.jsonl").read_text().splitlines()]
@@ -141,13 +143,13 @@ def test_an_exclusion_list_is_obeyed_and_the_rest_need_not_be_made_again(
     assert end.value.code == 2
     assert "--redo output" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
-        main([*words, "--set", f"output.exclude={listed}", "--redo", "output"])
+        main([*words, "--set", f"output.exclude={listed}", "output.prefix=mine", "--redo", "output"])
     assert end.value.code == 0
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["steps"][-1]["rejected"] == {"excluded": 4}
     assert {name: len(source) for name, source in open_sources(out / "shards").items()} == {
-        "uvrd_t2t": 5,
-        "uvrd_t2v": 13,
+        "mine_t2t": 5,
+        "mine_t2v": 13,
     }
     assert (out / "enrich/00000.json").stat().st_mtime_ns == asked
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -559,6 +560,18 @@ def test_a_step_is_done_again_on_demand(whole: tuple[Path, Path], tmp_path: Path
     foreign(out)
     with pytest.raises(InputError, match="work on"):
         redo(other, "enrich")
+    (out / "workers/other-1.json").unlink()
+    redo(plan_of(whole[0], out, until="scan"), "select")  # what comes after it goes too, whatever is asked for now
+    assert [name for name in STEPS if (out / name).exists()] == ["input", "scan"]
+
+
+def test_results_of_other_steps_before_are_refused(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(plan_of(whole[0], out), "extend")
+    shutil.rmtree(out / "enrich")
+    run(plan_of(whole[0], out, "enrich.prompt=Who?", until="enrich"), "enrich")
+    with pytest.raises(InputError, match="extend was begun after other results of the steps before it"):
+        run(plan_of(whole[0], out, "enrich.prompt=Who?"), "extend")
 
 
 def test_steps_are_made_up_to_the_one_that_is_named(whole: tuple[Path, Path], tmp_path: Path) -> None:
@@ -757,7 +770,8 @@ def test_status_of_an_open_run(whole: tuple[Path, Path], tmp_path: Path, capsys:
 def test_status_of_a_finished_run(whole: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     code, text, _ = said(capsys, "synth", "status", whole[1], "--json", "--check", "--price-prompt", "1000")
     state = json.loads(text)
-    assert (code, state["finished"], state["problems"]) == (0, True, [])
+    assert (code, state["finished"], state["problems"]) == (0, False, [])
+    assert [step["state"] for step in state["steps"].values()] == ["done"] * 5 + ["waiting"]  # the shards are missing
     assert state["cost"] == pytest.approx(USAGE.prompt_tokens * 1e-3)
     assert state["steps"]["scan"]["rejected"] == {"multiple": 12}
     assert state["steps"]["enrich"]["failed"] == {"no json": 6, "not-used": 6, "words": 5}
@@ -830,7 +844,7 @@ def test_workers_begin_at_different_places(whole: tuple[Path, Path], tmp_path: P
 
 
 def test_reading_a_run_needs_no_torch() -> None:
-    code = "import sys, gve.synth_cli, gve.synth.status, gve.synth.config; assert 'torch' not in sys.modules"
+    code = "import sys, gve.synth_cli, gve.synth.status, gve.synth.config, gve.synth.crew; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=TESTS.parent)
 
 

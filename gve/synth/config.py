@@ -167,7 +167,7 @@ def make_plan(values: Mapping[str, Any], out: str | Path, *, captioners: Mapping
     if values.get("encoder"):
         encoder = build(EncoderOptions, values["encoder"], "encoder").load
     run = build(RunOptions, values.get("run") or {}, "run")
-    return Plan(Path(out), tuple(steps), seed, captioner, encoder, run, dict(values))
+    return Plan(Path(out), tuple(steps), seed, captioner, encoder, run, dict(values), tuple(STEPS))
 
 
 def find_class(path: str, section: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 from gve.items import InputError
 from gve.synth.card import write_card
 from gve.synth.folder import StepFolder
+from gve.synth.output import SHARDS
 from gve.synth.pipeline import RUN, Plan, work, write_reports, write_run
 from gve.synth.status import Watch
 
@@ -73,16 +74,16 @@ def redo(plan: Plan, name: str) -> None:
     Raises:
         InputError: there is no such step, or somebody works on the run.
     """
-    steps = [step.name for step in plan.steps]
-    if name not in steps:
-        raise InputError(f"no step {name!r}: use one of {', '.join(steps)}")
+    if name not in plan.names:
+        raise InputError(f"no step {name!r}: use one of {', '.join(plan.names)}")
     if (plan.out / RUN).exists() and (workers := Watch(plan.out).look()["workers"]):
         raise InputError(f"{len(workers)} worker(s) work on {plan.out}: stop them before a step is done again")
-    for step in steps[steps.index(name) :]:
-        if (folder := plan.out / step).exists():
+    # The shards come from the last step: of a task or prefix that is no longer made, nothing would replace them.
+    for folder in (*plan.names[plan.names.index(name) :], SHARDS):
+        if (path := plan.out / folder).exists():
             # Renamed first: a kill in the middle leaves no half of a step.
-            trash = folder.with_name(f".{step}.{uuid.uuid4().hex[:12]}.trash")
-            folder.rename(trash)
+            trash = path.with_name(f".{folder}.{uuid.uuid4().hex[:12]}.trash")
+            path.rename(trash)
             shutil.rmtree(trash)
 
 

@@ -170,14 +170,15 @@ class StepFolder:
         begun = self.identity()
         if begun is None:
             return
-        theirs, ours = {"after": begun.after, **begun.fingerprint}, {"after": after, **fingerprint}
-        for name in ours:
-            if canonical(theirs.get(name)) != canonical(ours[name]):
-                where, old, new = first_difference(name, theirs.get(name), ours[name])
-                what = "the steps before it" if name == "after" else where
+        mend = f"choose another --out, set it back, or begin the step anew by --redo {self.step}"
+        if begun.after != after:
+            raise InputError(f"{self.path} was begun after other results of the steps before it: {mend}")
+        for name, ours in fingerprint.items():
+            theirs = begun.fingerprint.get(name)
+            if canonical(theirs) != canonical(ours):
+                where, old, new = first_difference(name, theirs, ours)
                 raise InputError(
-                    f"{self.path} was begun with another {what} ({_short(old)} instead of {_short(new)}): "
-                    f"choose another --out, set it back, or begin the step anew by --redo {self.step}"
+                    f"{self.path} was begun with another {where} ({_short(old)} instead of {_short(new)}): {mend}"
                 )
 
     def done(self) -> dict[str, Any] | None:

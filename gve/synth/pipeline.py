@@ -101,6 +101,7 @@ class Plan:
         encoder: loads the embedder; needed where a step measures.
         run: how the work is shared.
         config: the configuration as it was read, for the record.
+        flow: names of all steps of the flow, where `steps` are only the first ones of it; those of `steps` when empty.
     """
 
     out: Path
@@ -110,6 +111,12 @@ class Plan:
     encoder: Callable[[], LoadedEncoder] | None = None
     run: RunOptions = RunOptions()
     config: dict[str, Any] = field(default_factory=dict)
+    flow: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all steps, also of those that this command does not come to."""
+        return self.flow or tuple(step.name for step in self.steps)
 
     def until(self, name: str) -> tuple[Step, ...]:
         """The steps up to one of them; all when the name is empty.
@@ -418,7 +425,7 @@ def funnel(out: Path, steps: Iterable[str]) -> dict[str, Any]:
 
 def write_reports(plan: Plan) -> dict[str, Any]:
     """Writes funnel.json, and rejects.jsonl with every reject of the finished steps; returns the funnel."""
-    numbers = funnel(plan.out, [step.name for step in plan.steps])
+    numbers = funnel(plan.out, plan.names)
     replace_file(plan.out / FUNNEL, (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode(), durable=True)
     draft = plan.out / f".{REJECTS}.{uuid.uuid4().hex[:12]}.tmp"
     lines = (
@@ -434,7 +441,7 @@ def write_reports(plan: Plan) -> dict[str, Any]:
 def write_run(plan: Plan) -> None:
     """Notes in run.json what is run: read by `gve synth status`, decides nothing."""
     record = {
-        "steps": [step.name for step in plan.steps],
+        "steps": list(plan.names),
         "seed": plan.seed,
         "run": asdict(plan.run),
         "config": plan.config,
