@@ -558,8 +558,8 @@ def test_company_changes_no_bound_answer(model: ChatModel) -> None:
 
     def prompts() -> list[Prompt]:
         return [
-            Prompt(one, of_schema(schema) if schema else "", 50, torch.Generator().manual_seed(7))
-            for one, schema in zip(asked, schemas, strict=True)
+            Prompt(one, of_schema(schema) if schema else "", 8 + 10 * row, torch.Generator().manual_seed(7))
+            for row, (one, schema) in enumerate(zip(asked, schemas, strict=True))
         ]
 
     together = model.say(prompts(), temperature=1.0)
@@ -645,8 +645,31 @@ def test_slots_say_which_kind_they_ask_for(clip: bytes) -> None:
     described = TEXT | {"description": "Only keywords, separated by commas."}
     assert kinds(video, caption=described, concise=TEXT) == ["keywords", "short"]
     assert kinds(picture, **numbered) == ["static"] * 5
+    assert kinds(picture, caption=described, concise=TEXT) == ["keywords", "static"]
     assert kinds(picture, video, query=TEXT) == ["change"]
     assert kinds(video, level={"type": "string", "enum": ["a"]}, n={"type": "integer"}) == ["", ""]
+
+
+def test_real_videos_run_to_the_end(real: Path) -> None:
+    """Any codec, size and turn: a server is sent frames and the tiny base answers in schema; damage is named."""
+    sound = ("av1_video.mkv", "h265_video.mp4", "bear-vp9-odd-dimensions.webm", "video_90.mov", "newtonscradle.gif")
+    files = [real / "videos" / "good" / name for name in sound] + [real / "videos" / "corrupt" / "corrupted.mp4"]
+    requests = [question(file.name, Video(file)) for file in files]
+    served, server = with_server(SynthServer(), lambda captioner: collect(captioner, requests), timeout_s=60.0)
+    told_by_base = asyncio.run(collect(EmbeddedCaptioner(EmbeddedOptions()), requests))
+    assert len(served) == len(told_by_base) == len(requests)
+    good = {reply.id for reply in served if not reply.error}
+    assert good == {reply.id for reply in told_by_base if not reply.error} == set(server.attempts)
+    assert good == set(sound)
+    for reply in told_by_base:
+        if reply.id in good:
+            jsonschema.validate(reply.value, CAPTION)
+        else:
+            assert reply.error.startswith("media ")
+    for id in good:
+        (url, times, _) = sent(server, id)["messages"][1]["content"]
+        assert len(url["video_url"]["url"].split(",")) == 1 + 8
+        assert "8 frames" in times["text"]
 
 
 # Throughput.

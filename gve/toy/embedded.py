@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from gve.items import InputError, Item
+from gve.items import Image, InputError, Item
 from gve.synth.chat import Prompt, Said, draws
 from gve.synth.grammar import of_schema, of_text
 from gve.synth.local import Attempts, in_batches
@@ -101,6 +101,8 @@ class EmbeddedCaptioner:
         shown = subject(request)
         # A change is what happens in the target; that its text should need the reference is more than the base knows.
         kind = "temporal" if slot.kind == CHANGE else slot.kind or "short"
+        if isinstance(shown, Image) and kind != "static":
+            kind = "static"  # no other question on a picture asks for a text
         item = Item.of(REQUESTS[kind]) if shown is None else Item((shown, *Item.of(REQUESTS[kind]).parts))
         grammar = of_schema(slot.schema)
         if slot.kind:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from gve.items import InputError
+from gve.items import InputError, Video
 from gve.synth.local import Attempts, in_batches
 from gve.synth.records import Reply, Request
 from gve.synth.replies import BadReply, read_reply
@@ -25,7 +25,7 @@ from gve.toy.flips import Told, flip
 from gve.toy.forms import Noun
 from gve.toy.language import DIALECTS, Dialect
 from gve.toy.scenes import Clip, Scene
-from gve.toy.slots import CHANGE, Slot, media, slots
+from gve.toy.slots import CHANGE, Slot, media, slots, subject
 from gve.toy.truth import Truth
 from gve.video import MediaError
 
@@ -108,7 +108,7 @@ class Oracle:
         teller = Teller(DIALECTS[self.options.dialect or clip[0].look], chance)
         if slot.kind == CHANGE:
             return _change(clips[0][0], clip[0], teller)
-        text = _fitting(slot, clip, teller)
+        text = _fitting(slot, clip, teller, isinstance(subject(request), Video))
         told = Told.read(text, clip)
         if self.options.dose:
             lies = random.Random(_key(self.options.seed, request.id, slot.name, "lies"))
@@ -129,8 +129,10 @@ def _key(*words: object) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(map(str, words)).encode()).digest()[:8], "big")
 
 
-def _fitting(slot: Slot, clip: Clip, teller: Teller) -> str:
+def _fitting(slot: Slot, clip: Clip, teller: Teller, moving: bool) -> str:
     """A caption of the slot's kind; of another kind where the scene has nothing of it to tell, or too much."""
+    if slot.kind == "keywords" and not (moving and _tells(clip[0], "keywords")):
+        return _keywords(clip[0], teller)
     longest = slot.items.get("maxLength", 1 << 30) * (slot.schema.get("maxItems", 99) if slot.is_list else 1)
     if len(clip) > 1 and slot.kind == "detailed":
         text = captions.story(clip, teller).text
@@ -143,6 +145,15 @@ def _fitting(slot: Slot, clip: Clip, teller: Teller) -> str:
             if len(text) <= longest:
                 break
     return text
+
+
+def _keywords(scene: Scene, teller: Teller) -> str:
+    """What a picture shows, as keywords: colours, shapes and the ground."""
+    d = teller.dialect
+    words = [d.colors.get(thing.color, thing.color) for thing in scene.things]
+    words += [d.shapes.get(thing.shape, thing.shape) for thing in scene.things]
+    words += [f"{scene.ground[0]} background", scene.ground[1]]
+    return ", ".join(dict.fromkeys(words))
 
 
 def _tells(scene: Scene, kind: str) -> bool:

@@ -81,7 +81,7 @@ def _kind(name: str, schema: Mapping[str, Any], moving: bool) -> str:
     if name == "query":
         return CHANGE
     if not moving:
-        return "static"
+        return "keywords" if any(sign in words for sign in KINDS[0][0]) else "static"
     for signs, kind in KINDS:
         if any(sign in words for sign in signs):
             return kind
