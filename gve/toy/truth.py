@@ -154,7 +154,7 @@ def _reduced(picture: np.ndarray) -> np.ndarray:
 def _scene(values: Mapping[str, Any]) -> Scene:
     def thing(own: Mapping[str, Any]) -> Thing:
         place, course, slide = (tuple(own[name]) for name in ("place", "course", "slide"))
-        return Thing(own["color"], own["shape"], own["size"], place, course, slide)  # type: ignore[arg-type]
+        return Thing(own["color"], own["shape"], own["size"], place, course, slide)
 
     return Scene(
         things=tuple(map(thing, values["things"])),
