@@ -844,7 +844,8 @@ def test_workers_begin_at_different_places(whole: tuple[Path, Path], tmp_path: P
 
 
 def test_reading_a_run_needs_no_torch() -> None:
-    code = "import sys, gve.synth_cli, gve.synth.status, gve.synth.config, gve.synth.crew; assert 'torch' not in sys.modules"
+    modules = "gve.synth_cli, gve.synth.status, gve.synth.config, gve.synth.crew"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=TESTS.parent)
 
 
