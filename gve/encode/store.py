@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -123,14 +124,13 @@ def encode_items(
         RuntimeError: the encoder lost an item.
     """
     rank, size = world()
-    light = hashable or items
-    hashed = _hashed(light, transform, FileHashes(store.folder.parent if store.folder else None))
+    hashed = _hashed(hashable or items, transform, FileHashes(store.folder.parent if store.folder else None))
     first: dict[str, int] = {}
     for row in range(len(items)):
-        if hashed[row][0]:
-            first.setdefault(hashed[row][0], row)
+        if hashed[row].key:
+            first.setdefault(hashed[row].key, row)
     lacking = union({key: "" for key in first if key not in store})
-    order = sorted(first, key=lambda key: (*_cost(light[first[key]]), key)) if lacking else []
+    order = sorted(first, key=lambda key: (hashed[first[key]].cost, key))
     step = min(PART, max(_SMALLEST_PART, -(-len(order) // _LEAST_PARTS)))
     parts = [order[start : start + step] for start in range(0, len(order), step)]
     wanted = [kept for part in parts if (kept := [key for key in part if key in lacking])]
@@ -160,31 +160,46 @@ def encode_items(
     vectors = np.full((len(items), encoder.dim), np.nan, np.float32)
     unread: dict[int, str] = {}
     for row in range(len(items)):
-        key, reason = hashed[row]
+        key = hashed[row].key
         if key in store:
             vectors[row] = store[key]
         else:
-            unread[row] = reason or reasons[key]
+            unread[row] = hashed[row].reason or reasons[key]
     return Encoded(vectors, unread)
 
 
-def _hashed(items: Sequence[Item], transform: Transform | None, files: FileHashes) -> dict[int, tuple[str, str]]:
-    """Row -> (key of what is encoded, "") or ("", why it has none), on every rank; it reads every new file once."""
+class _Hashed(NamedTuple):
+    """What an item is known by before it is opened.
+
+    Args:
+        key: of what is encoded; empty where a file cannot be read.
+        cost: falls with the work it is, so far as that is known. Sorted by it, parts hold like items, the costliest
+            first: ranks end together, and memory shows its peak at once.
+        reason: why there is no key.
+    """
+
+    key: str
+    cost: tuple[int, int, int] = (0, 0, 0)
+    reason: str = ""
+
+
+def _hashed(items: Sequence[Item], transform: Transform | None, files: FileHashes) -> dict[int, _Hashed]:
+    """Row -> what it is known by, on every rank; each item is asked for once, and every new file read once."""
     rank, size = world()
-    hashed: dict[int, tuple[str, str]] = {}
+    hashed: dict[int, _Hashed] = {}
     for row in range(rank, len(items), size):
-        item = items[row]
         try:
+            item = items[row]
             unread = files.recall(item)
-            hashed[row] = (_key(item, transform), "")
+            hashed[row] = _Hashed(_key(item, transform), _cost(item))
             files.keep(unread)
         except OSError as error:
-            hashed[row] = ("", f"missing: {error.filename} ({error.strerror})")
+            hashed[row] = _Hashed("", reason=f"missing: {error.filename} ({error.strerror})")
         except InputError as error:
-            hashed[row] = ("", str(error))
+            hashed[row] = _Hashed("", reason=str(error))
     files.write()
     if size > 1:
-        everything: list[dict[int, tuple[str, str]]] = [{} for _ in range(size)]
+        everything: list[dict[int, _Hashed]] = [{} for _ in range(size)]
         dist.all_gather_object(everything, hashed)
         hashed = {row: value for part in everything for row, value in part.items()}
     return hashed
@@ -198,10 +213,6 @@ def _key(item: Item, transform: Transform | None) -> str:
 
 
 def _cost(item: Item) -> tuple[int, int, int]:
-    """Falls with the work an item is, so far as that is known before it is opened: sorted by it, parts hold like items.
-
-    The costliest come first: ranks end together, and memory shows its peak at once.
-    """
     videos = sum(isinstance(part, Video) for part in item.parts)
     return -videos, -sum(isinstance(part, Image) for part in item.parts), -len(item.text)
 
