@@ -30,7 +30,7 @@ COMMANDS = {
     "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show, base)"),
     "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
     "uvrb": ("gve.uvrb_cli", "the benchmark, for any embedder: list, prepare, check, run, compare, report"),
-    "synth": ("gve.synth_cli", "V-SynFlow: weakly captioned videos to multi-task training pairs: run, status"),
+    "synth": ("gve.synth_cli", "V-SynFlow, in the making (no quality stage and no audit yet): run, status"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
 }
 
