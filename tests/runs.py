@@ -76,6 +76,7 @@ def _run(words: list[str], log: str, env: dict[str, str]) -> None:
         os.dup2(file.fileno(), 2)
     sys.argv = ["gve", *words]
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so do children
     main(words)
 
 

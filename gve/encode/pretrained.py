@@ -196,10 +196,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         InputError: it cannot be read, holds more than tensors and plain values, or is of another program.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        open(path, "rb").close()
     except OSError as error:
         raise InputError(f"checkpoint {path} cannot be read ({error.strerror})") from None
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError):  # an empty file cannot be mapped
         raise InputError(f"{path} is no checkpoint that can be loaded as plain tensors: give one of gve fit") from None
     if not isinstance(checkpoint, dict) or "gve" not in checkpoint:
         raise InputError(f"checkpoint {path} was not written by gve: it names no base and no input policy")
