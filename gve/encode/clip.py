@@ -9,7 +9,6 @@ wrappers add the parts as well). Instructions are left out: the text towers neve
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 import transformers
 from torch.nn.functional import normalize
 
-from gve.encode.decoding import Decoding, weights_hash
+from gve.encode.decoding import Decoding, fingerprint_of, weights_hash
 from gve.encode.encoder import Encoded, Transform, progress_bar
 from gve.encode.video_clip import load_joint_clip, load_language_bind
 from gve.items import Frames, InputError, Item, Video
@@ -235,8 +234,7 @@ class ClipEncoder:
 
     @property
     def fingerprint(self) -> str:
-        inputs = json.dumps(self.inputs, sort_keys=True)
-        return hashlib.sha256(f"{self.weights_hash}\0{inputs}".encode()).hexdigest()
+        return fingerprint_of(self.weights_hash, self.inputs)
 
     def encode(self, items: Sequence[Item], *, transform: Transform | None = None, progress: str = "") -> Encoded:
         """Vectors of the items; one without text and media counts as the empty text (an ablation's query may be so)."""

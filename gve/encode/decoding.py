@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -97,3 +98,8 @@ def weights_hash(model: torch.nn.Module) -> str:
         digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint_of(weights_hash: str, inputs: Mapping[str, Any]) -> str:
+    """Hex SHA-256 of weights and all that decides their inputs: vectors of equal ones may be compared and kept."""
+    return hashlib.sha256(f"{weights_hash}\0{json.dumps(inputs, sort_keys=True)}".encode()).hexdigest()

@@ -14,8 +14,6 @@ What a model cannot take directly is built from what it can:
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,7 +24,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from gve.encode.decoding import Decoding, weights_hash
+from gve.encode.decoding import Decoding, fingerprint_of, weights_hash
 from gve.encode.encoder import Encoded, Transform, progress_bar
 from gve.items import Frames, Image, InputError, Item, Part, Text, Video
 from gve.video import Sampling
@@ -121,8 +119,7 @@ class SentenceEncoder:
 
     @property
     def fingerprint(self) -> str:
-        inputs = json.dumps(self.inputs, sort_keys=True)
-        return hashlib.sha256(f"{self.weights_hash}\0{inputs}".encode()).hexdigest()
+        return fingerprint_of(self.weights_hash, self.inputs)
 
     def encode(self, items: Sequence[Item], *, transform: Transform | None = None, progress: str = "") -> Encoded:
         vectors = np.full((len(items), self.dim), np.nan, np.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,7 +14,7 @@ import transformers
 from torch.nn.functional import normalize
 from transformers.utils import cached_file
 
-from gve.encode.decoding import Decoding, weights_hash
+from gve.encode.decoding import Decoding, fingerprint_of, weights_hash
 from gve.encode.encoder import Encoded, Execution, Transform, progress_bar
 from gve.encode.mllm.llava import LlavaReader
 from gve.encode.mllm.lora import merge_adapter, read_settings
@@ -166,8 +165,7 @@ class MLLMEncoder:
 
     @property
     def fingerprint(self) -> str:
-        inputs = json.dumps(self.inputs, sort_keys=True)
-        return hashlib.sha256(f"{self.weights_hash}\0{inputs}".encode()).hexdigest()
+        return fingerprint_of(self.weights_hash, self.inputs)
 
     def encode(self, items: Sequence[Item], *, transform: Transform | None = None, progress: str = "") -> Encoded:
         vectors = np.full((len(items), self.dim), np.nan, np.float32)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from gve.encode.mllm.prompt import expanded, fitted, plain
+from gve.encode.mllm.prompt import expanded, fitted, plain, user_turn
 from gve.encode.mllm.recipes import Recipe, Turn
 from gve.encode.mllm.settings import Settings
 from gve.items import Frames, Image, InputError, Item, Video
@@ -195,11 +195,7 @@ class LlavaReader:
         Raises:
             InputError: its files hold none.
         """
-        if not self.tokenizer.chat_template:
-            raise InputError("the model's files hold no chat template (chat_template.json, tokenizer_config.json)")
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": list(content)}], tokenize=False, add_generation_prompt=True
-        )
+        return user_turn(self.tokenizer, content)
 
     def limits(self) -> dict[str, Any]:
         """The settings that decide this model's inputs."""

@@ -70,3 +70,16 @@ def expanded(ids: Sequence[int], holders: set[int], counts: Sequence[int]) -> tu
         else:
             whole.append(token)
     return whole, places
+
+
+def user_turn(tokenizer: Any, content: Sequence[Any]) -> str:
+    """The prompt of one user turn by a model's own chat template, with the reply's opening.
+
+    Raises:
+        InputError: its files hold none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the model's files hold no chat template (chat_template.json, tokenizer_config.json)")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": list(content)}], tokenize=False, add_generation_prompt=True
+    )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from gve.encode.mllm.prompt import expanded, fitted, plain
+from gve.encode.mllm.prompt import expanded, fitted, plain, user_turn
 from gve.encode.mllm.recipes import Recipe, Turn
 from gve.encode.mllm.settings import Settings
 from gve.inputs import Prepared, VisionGeometry, VisionInput, VisionSpan, collate, mrope_positions, patchify, smart_size
@@ -155,11 +155,7 @@ class QwenReader:
         Raises:
             InputError: its files hold none.
         """
-        if not self.tokenizer.chat_template:
-            raise InputError("the model's files hold no chat template (chat_template.json, tokenizer_config.json)")
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": list(content)}], tokenize=False, add_generation_prompt=True
-        )
+        return user_turn(self.tokenizer, content)
 
     def limits(self) -> dict[str, Any]:
         """The settings that decide this model's inputs."""
