@@ -11,13 +11,14 @@ import io
 import math
 import multiprocessing
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from PIL import Image as PILImage
 
 from gve.toy.scenes import CELL_PX, FPS, RADIUS_PX, SIDE_PX, Clip, Scene, scene_times, thing_pose, view_pose
@@ -164,18 +165,38 @@ def frames(shot: Shot) -> list[np.ndarray]:
 
 def render(spec: Shot | Still) -> bytes:
     """The file of a shot (H.264 in mp4, 8 fps) or of a still (JPEG, no chroma subsampling)."""
-    buffer = io.BytesIO()
     if isinstance(spec, Still):
+        buffer = io.BytesIO()
         PILImage.fromarray(draw(spec.scene, spec.time)).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         return buffer.getvalue()
+    return encode(frames(spec))
+
+
+def encode(pictures: Sequence[np.ndarray], *, crf: str = X264["crf"], side_px: int = SIDE_PX) -> bytes:
+    """The file of a clip, H.264 in mp4, 8 fps.
+
+    Args:
+        pictures: frames, [84, 84, 3] uint8 RGB each.
+        crf: quality of x264; higher is worse.
+        side_px: width and height of the file, even.
+    """
+    buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=X264)
-        stream.width = stream.height = SIDE_PX
-        stream.pix_fmt = "yuv420p"
-        for picture in frames(spec):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+        mux(container, pictures, crf=crf, side_px=side_px)
     return buffer.getvalue()
+
+
+def mux(
+    container: OutputContainer, pictures: Sequence[np.ndarray], *, crf: str = X264["crf"], side_px: int = SIDE_PX
+) -> None:
+    """Writes the pictures as one H.264 stream into an open container."""
+    stream = container.add_stream("libx264", rate=FPS, options=X264 | {"crf": crf})
+    stream.width = stream.height = side_px
+    stream.pix_fmt = "yuv420p"
+    for picture in pictures:
+        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
 
 
 def _render_many(specs: list[Shot | Still]) -> list[bytes]:

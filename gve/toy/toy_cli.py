@@ -1,4 +1,4 @@
-"""`gve toy`: make the toy world, look at it, or make its tiny base again."""
+"""`gve toy`: make the toy world, look at it, plant faults in it, or make its tiny base again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gve.items import InputError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `gve toy make`, `show` or `base`.
+    """Runs `gve toy make`, `show`, `faults` or `base`.
 
     Returns:
         0.
@@ -57,6 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("png", type=Path, help="picture to write")
     show.add_argument("--per-set", type=int, default=2, help="queries of each set")
     show.set_defaults(run=_show)
+    faults = commands.add_parser(
+        "faults",
+        help="write weakly captioned clips with planted faults",
+        description="Write a list of clips with weak captions, some of them spoiled in known ways: an input of "
+        "`gve synth run`, whose filters can then be measured. truth.jsonl says what was planted; an equal pile is "
+        "reused.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    faults.add_argument("out", type=Path, help="folder of the pile")
+    faults.add_argument("--seed", type=int, default=0, help="of clips, words and faults")
+    faults.add_argument("--rows", type=int, default=300, help="clips in the list")
+    faults.add_argument("--share", type=float, default=0.4, help="share of the rows with a fault, 0 to 0.8")
+    faults.add_argument("--faults", nargs="+", metavar="FAULT", help="which ones; all when not given")
+    faults.add_argument("--quiet", action="store_true", help="no progress bar")
+    faults.set_defaults(run=_faults)
     base = commands.add_parser(
         "base",
         help="train the tiny base that gve carries, anew",
@@ -94,6 +109,16 @@ def _show(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.world} is no toy world; make one with `gve toy make {arguments.world}`")
     contact_sheet(arguments.world, arguments.per_set).save(arguments.png)
     print(arguments.png)
+    return 0
+
+
+def _faults(arguments: argparse.Namespace) -> int:
+    from gve.toy.faults import FAULTS, PileRequest, make_pile, read_faults
+
+    kinds = tuple(arguments.faults or FAULTS)
+    request = PileRequest(arguments.seed, arguments.rows, arguments.share, kinds)
+    rows = read_faults(make_pile(arguments.out, request, progress=not arguments.quiet))
+    print(f"{arguments.out}: {len(rows)} rows, {request.each} of each of {len(kinds)} faults")
     return 0
 
 
