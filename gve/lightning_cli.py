@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gve.callbacks import (
     AtomicCheckpointIO,
     CurriculumProbe,
+    Dashboard,
     HardNegativeMining,
     Predictions,
     RunCheckpoints,
@@ -150,8 +151,12 @@ class GVECLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
         if config.logger is None:
-            # A fixed name and version: a run that is started again continues its own curves.
-            kwargs["logger"] = TensorBoardLogger(save_dir=config.default_root_dir, name="tensorboard", version="")
+            # A fixed name and version: a run that is started again continues its own curves. An evaluation has a
+            # folder below, or its points would fall among those of the fit.
+            stage = "" if self.subcommand == "fit" else str(self.subcommand)
+            logger = TensorBoardLogger(save_dir=config.default_root_dir, name="tensorboard", version=stage)
+            logger.hparams.update(_hyperparameters(self.config[self.subcommand].as_dict()))
+            kwargs["logger"] = logger
         kwargs["plugins"] = _plugins(config.plugins)
         try:
             return super().instantiate_trainer(**kwargs)
@@ -185,6 +190,24 @@ class GVECLI(LightningCLI):
         shown = [f"{stage}/{name} {float(value):.4f}" for name, value in means.items() if value is not None]
         if shown:
             rank_zero_info(f"dev split: {', '.join(shown)}")
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a run's curves, flat: "model.lora.rank" -> 16. Lists and types are words."""
+    found: dict[str, Any] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                collect(f"{name}.{key}", inner)
+        elif value is not None:
+            found[name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+
+    for part in ("seed_everything", "model", "data", "probe", "mining"):
+        collect(part, config[part])
+    for key in ("max_epochs", "num_nodes", "devices", "strategy", "precision", "gradient_clip_val"):
+        collect(f"trainer.{key}", config["trainer"][key])
+    return found
 
 
 def _checkpoint_folder(root: Any) -> str:
@@ -221,7 +244,8 @@ class _Parsed(Exception):
 class _ParseOnly(GVECLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         LightningCLI.parse_arguments(self, parser, args)
-        raise _Parsed(self.config)
+        config = self.config[self.config.subcommand]
+        raise _Parsed(config, self._parser(self.config.subcommand).dump(config, skip_unset=False))
 
 
 def parse(argv: Sequence[str]) -> Namespace:
@@ -233,11 +257,31 @@ def parse(argv: Sequence[str]) -> Namespace:
     Raises:
         jsonargparse.ArgumentError: a key or a value is wrong.
     """
+    return _parsed(argv)[0]
+
+
+def resolve(argv: Sequence[str]) -> tuple[Namespace, str]:
+    """The configuration that `gve <argv>` would run with, and as YAML that --config takes.
+
+    Args:
+        argv: the words after `gve`, the subcommand first.
+
+    Raises:
+        InputError: a key or a value is wrong.
+    """
+    _quieten()
+    try:
+        return _parsed(argv)
+    except ArgumentError as error:
+        raise InputError(_complaint(error, argv)) from None
+
+
+def _parsed(argv: Sequence[str]) -> tuple[Namespace, str]:
     try:
         _run(_ParseOnly, argv)
     except _Parsed as parsed:
-        config: Namespace = parsed.args[0]
-        return config[config.subcommand]
+        config, text = parsed.args
+        return config, text
     raise RuntimeError("LightningCLI ended before its configuration was parsed")
 
 
@@ -259,7 +303,7 @@ def _run(cli: type[GVECLI], argv: Sequence[str]) -> None:
             "num_sanity_val_steps": 0,
             "use_distributed_sampler": False,
             "enable_model_summary": False,  # the self-check of VideoEmbedder says it in words
-            "callbacks": [Throughput(), Predictions()],
+            "callbacks": [Throughput(), Predictions(), Dashboard()],
         },
         parser_kwargs={"exit_on_error": False},
     )
@@ -281,16 +325,21 @@ def main(argv: Sequence[str]) -> int:
     try:
         _run(GVECLI, argv)
     except ArgumentError as error:
-        message = str(error)
-        files = [word.rpartition("=")[2] for word in argv if word.endswith((".yaml", ".yml"))]
-        if not files and not {"--config", "-c"} & set(argv):
-            message += "; a recipe is given by --config"
-        elif message.startswith("Problems parsing config"):
-            message = f"{', '.join(files)}: {message}"  # the parser does not say which file
-        raise InputError(message) from None
+        raise InputError(_complaint(error, argv)) from None
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     return 0
+
+
+def _complaint(error: ArgumentError, argv: Sequence[str]) -> str:
+    """What the parser says, and where it said it."""
+    message = str(error)
+    files = [word.rpartition("=")[2] for word in argv if word.endswith((".yaml", ".yml"))]
+    if not files and not {"--config", "-c"} & set(argv):
+        message += "; a recipe is given by --config"
+    elif message.startswith("Problems parsing config"):
+        message = f"{', '.join(files)}: {message}"  # the parser does not say which file
+    return message
 
 
 _CHATTER = (

@@ -1,8 +1,9 @@
 """What runs beside the loops: the benchmark, the curriculum's prober, hard negatives, checkpoints and preemption, the
-record of a run, its speed, and the embeddings of predict.
+record of a run, its page in TensorBoard, its speed, and the embeddings of predict.
 """
 
 from gve.callbacks.checkpoint import AtomicCheckpointIO, RunCheckpoints, newest_checkpoint, require_checkpoint
+from gve.callbacks.dashboard import Dashboard
 from gve.callbacks.mining import HardNegativeMining
 from gve.callbacks.predictions import Predictions
 from gve.callbacks.preemption import PREEMPTED, Preempted
@@ -15,6 +16,7 @@ __all__ = [
     "PREEMPTED",
     "AtomicCheckpointIO",
     "CurriculumProbe",
+    "Dashboard",
     "EvaluationInputs",
     "HardNegativeMining",
     "Predictions",

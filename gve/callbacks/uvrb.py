@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -186,7 +185,7 @@ class UVRBEvaluation(L.Callback):
             if self.untrained:
                 untrained = self._pass(Ablation("untrained", adapters=False), encoder, stores, folder).scores
             conditions = [self._pass(ablation, encoder, stores, folder) for ablation in self.ablations]
-        results = self._results(_trained_steps(trainer), encoder, scores, untrained, conditions)
+        results = self._results(_embedder(pl_module).trained_steps, encoder, scores, untrained, conditions)
         # Loggers get the step of the weights; Lightning would file all of a validate run under step 0.
         pl_module.log_dict(results.metrics(), logger=False, sync_dist=False, rank_zero_only=False)
         for logger in trainer.loggers:
@@ -256,10 +255,3 @@ def _embedder(pl_module: L.LightningModule) -> VideoEmbedder:
     if not isinstance(pl_module, VideoEmbedder):
         raise TypeError(f"UVRBEvaluation evaluates a VideoEmbedder, got {type(pl_module).__name__}")
     return pl_module
-
-
-def _trained_steps(trainer: L.Trainer) -> int:
-    """Optimizer steps behind the weights: validate and test load a checkpoint without its counters."""
-    if trainer.ckpt_path is None or not Path(trainer.ckpt_path).is_file():
-        return trainer.global_step
-    return int(torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True, mmap=True)["global_step"])

@@ -125,6 +125,12 @@ class VideoEmbedder(L.LightningModule):
         # A checkpoint holds the trained weights only; on_load_checkpoint is strict about exactly those.
         self.strict_loading = False
         self._dev_rows: dict[DevKey, dict[str, torch.Tensor]] = {}
+        self._loaded_step = 0
+
+    @property
+    def trained_steps(self) -> int:
+        """Completed optimizer steps behind the weights, also where a checkpoint was loaded to be evaluated."""
+        return max(self.trainer.global_step, self._loaded_step)
 
     def configure_model(self) -> None:
         """Builds the backbone once; not in `__init__`, so that a configuration can be printed without weights."""
@@ -251,6 +257,7 @@ class VideoEmbedder(L.LightningModule):
         changed = [
             f"{name} {old!r} -> {inputs[name]!r}" for name, old in record["inputs"].items() if inputs[name] != old
         ]
+        self._loaded_step = checkpoint["global_step"]
         if changed:
             rank_zero_warn(f"inputs differ from those the checkpoint was trained with: {', '.join(changed)}")
 
