@@ -1,4 +1,4 @@
-"""`gve synth run | status`."""
+"""`gve synth run | status | audit`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ CAPTIONERS = {
     "oracle": "gve.toy.oracle:Oracle",
 }
 """Kind of captioner -> its class."""
+JUDGES = {kind: name for kind, name in CAPTIONERS.items() if kind != "embedded"}
+"""Those that can judge: the tiny base follows no prompt but those it was taught."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,7 +81,46 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--check", action="store_true", help="also compare every finished file with its manifest")
     status.add_argument("--json", action="store_true", help="print the state as JSON")
     status.set_defaults(handler=_status)
+    _add_audit(commands)
     return parser
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="what the captions are, how much of them is true, what a benchmark has too",
+        description="Counts captions and pairs beside what was asked for; lets a judge check a sample claim by claim; "
+        "compares texts and videos with UVRB and writes the ids to leave out; writes one HTML page. Interrupted, the "
+        "same command goes on.",
+    )
+    audit.add_argument("out", type=Path, help="folder of the run, finished or not")
+    audit.add_argument("--sample", type=int, default=200, help="captions that are judged")
+    audit.add_argument("--seed", type=int, default=0, help="of the sample, and of what the page shows")
+    audit.add_argument(
+        "--judge",
+        nargs="+",
+        metavar=("KIND", "KEY=VALUE"),
+        help=f"who judges: {', '.join(JUDGES)} or module:Class, with its options, for example `server url=... "
+        "model=...`; nobody when not given",
+    )
+    audit.add_argument(
+        "--config", type=Path, help="YAML whose section `judge` has kind and options, instead of --judge"
+    )
+    audit.add_argument("--uvrb", type=Path, nargs="+", default=[], metavar="ROOT", help="folders of the benchmark")
+    audit.add_argument("--ngram", type=int, default=13, help="words in a row that no text may share with the benchmark")
+    audit.add_argument("--min-words", type=int, default=5, help="texts of fewer words are never taken for its texts")
+    audit.add_argument(
+        "--max-bits", type=float, default=6.0, help="mean bits of 64 by which hashes of frames may differ"
+    )
+    audit.add_argument("--texts-only", action="store_true", help="do not compare videos, which decodes all of them")
+    audit.add_argument(
+        "--exclude", type=Path, help="where the exclusion list goes; OUT/audit/exclude.jsonl if not given"
+    )
+    audit.add_argument("--html", type=Path, help="where the page goes; OUT/audit/audit.html if not given")
+    audit.add_argument("--jobs", type=int, default=2, help="videos decoded side by side")
+    audit.add_argument("--json", action="store_true", help="print the report as JSON")
+    audit.set_defaults(handler=_audit)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -92,6 +133,27 @@ def _run(arguments: argparse.Namespace) -> int:
     values = read_config(arguments.config, changes)
     plan = make_plan(values, arguments.out, captioners=CAPTIONERS, until=arguments.until)
     index, count = slurm_share(arguments.task_index, arguments.num_tasks, os.environ)
+    try:
+        with _stoppable("run"):
+            if arguments.redo:
+                redo(plan, arguments.redo)
+            with _progress(arguments.out):
+                funnel = run(plan, arguments.until, index, count)
+    except WorkError as error:
+        print(f"gve synth run: failed: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(funnel))
+        return 0
+    _print_funnel(funnel)
+    if funnel["steps"] and funnel["steps"][-1]["step"] == "output":
+        print(f"shards: {arguments.out / 'shards'} (its README.md is the data card)")
+    return 0
+
+
+@contextmanager
+def _stoppable(command: str) -> Iterator[None]:
+    """Ends the block by exit code 85 on SIGTERM or SIGUSR1, and says so."""
     stopped = False
 
     def stop(*_: Any) -> None:
@@ -101,25 +163,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        if arguments.redo:
-            redo(plan, arguments.redo)
-        with _progress(arguments.out):
-            funnel = run(plan, arguments.until, index, count)
-    except WorkError as error:
-        print(f"gve synth run: failed: {error}", file=sys.stderr)
-        return 1
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         if stopped:
-            print("gve synth run: stopped; the same command goes on", file=sys.stderr)
-    if arguments.json:
-        print(json.dumps(funnel))
-        return 0
-    _print_funnel(funnel)
-    if funnel["steps"] and funnel["steps"][-1]["step"] == "output":
-        print(f"shards: {arguments.out / 'shards'} (its README.md is the data card)")
-    return 0
+            print(f"gve synth {command}: stopped; the same command goes on", file=sys.stderr)
 
 
 def slurm_share(index: int | None, count: int | None, environment: Any) -> tuple[int, int]:
@@ -209,6 +258,106 @@ def _duration(seconds: float | None) -> str:
         if seconds >= 90
         else f"{seconds:.0f} s"
     )
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from gve.encode.encoder import progress_bar
+    from gve.synth.audit.contamination import Thresholds
+    from gve.synth.audit.page import PAGE, write_page
+    from gve.synth.audit.run import FOLDER, AuditOptions, audit
+
+    options = AuditOptions(
+        sample=arguments.sample,
+        seed=arguments.seed,
+        uvrb=tuple(arguments.uvrb),
+        thresholds=Thresholds(arguments.ngram, arguments.min_words, arguments.max_bits),
+        videos=not arguments.texts_only,
+        exclude=arguments.exclude,
+        jobs=arguments.jobs,
+    )
+    if arguments.exclude and not arguments.uvrb:
+        raise InputError("--exclude is what is shared with a benchmark: name its folder by --uvrb")
+    judge = _judge(arguments)
+    page = arguments.html or arguments.out / FOLDER / PAGE
+    try:
+        with _stoppable("audit"):
+            found = audit(arguments.out, options, judge, progress_bar)
+            with progress_bar("page", 1) as advance:
+                write_page(page, found, options.jobs)
+                advance(1)
+    except OSError as error:
+        print(f"gve synth audit: failed: {error}", file=sys.stderr)
+        return 1
+    judged = found.report.get("judge")
+    if arguments.json:
+        print(json.dumps({**found.report, "page": str(page)}))
+    else:
+        _print_audit(found.report, page)
+    if judged and not judged["judged"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in judged["failed"].items())
+        print(f"gve synth audit: failed: the judge gave no valid reply ({reasons})", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _judge(arguments: argparse.Namespace) -> Any:
+    """What makes the judge; None where none is named."""
+    import yaml
+
+    from gve.synth.config import make_captioner, read_config
+
+    if arguments.judge and arguments.config:
+        raise InputError("give --judge or --config, not both")
+    if arguments.config:
+        section = read_config(arguments.config).get("judge")
+        if not section:
+            raise InputError(f"{arguments.config} has no section `judge` with a kind")
+    elif arguments.judge:
+        kind, *changes = arguments.judge
+        section = {"kind": kind}
+        for change in changes:
+            key, given, value = change.partition("=")
+            if not given:
+                raise InputError(f"--judge {kind} {change}: write key=value")
+            section[key] = yaml.safe_load(value)
+    else:
+        return None
+    if section.get("kind") == "embedded":
+        raise InputError(f"the tiny base follows no prompt and cannot judge: use {', '.join(JUDGES)}, or module:Class")
+    return make_captioner(section, JUDGES, "judge")
+
+
+def _print_audit(report: dict[str, Any], page: Path) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    census = report["census"]
+    print(f"{census['videos']:,} videos, {census['captions']:,} captions by {report['captioner'] or 'nobody named'}")
+    if report["open_steps"]:
+        print(f"not finished: {', '.join(report['open_steps'])}; the audit is of what is there")
+    for key, counts in (("profiles", census["profiles"]), ("tasks", report["tasks"])):
+        own = (
+            f"{name} {row['share']:.3f} of {row['asked']:.3f}"
+            if "share" in row
+            else f"{name} {row['made']} of {row['asked']}"
+            for name, row in counts.items()
+        )
+        print(f"{key} of what was asked: {', '.join(own)}")
+    if judged := report.get("judge"):
+        table = Table(Column("claims", no_wrap=True), "false", "decided", "cannot tell", "rate", "95% interval")
+        for name, row in (("all", judged["all"]), *judged["by_kind"].items()):
+            shown = row["value"] is not None
+            table.add_row(
+                name,
+                *(f"{row[key]:,}" for key in ("false", "decided", "untold")),
+                f"{row['value']:.3f}" if shown else "",
+                f"[{row['low']:.3f}, {row['high']:.3f}]" if shown else "",
+            )
+        console.print(table)
+        lost = ", ".join(f"{count} {reason}" for reason, count in judged["failed"].items())
+        print(f"{judged['judged']} captions judged by {judged['judge']}" + (f"; not judged: {lost}" if lost else ""))
+    if shared := report.get("contamination"):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in shared["by_reason"].items())
+        print(f"{shared['excluded']} of {shared['videos']} videos are on {shared['list']} ({reasons})")
+    print(f"page: {page}")
 
 
 @contextmanager

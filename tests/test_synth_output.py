@@ -146,7 +146,7 @@ def test_an_exclusion_list_is_obeyed_and_the_rest_need_not_be_made_again(
         main([*words, "--set", f"output.exclude={listed}", "output.prefix=mine", "--redo", "output"])
     assert end.value.code == 0
     numbers = json.loads(capsys.readouterr().out)
-    assert numbers["steps"][-1]["rejected"] == {"excluded": 4}
+    assert numbers["steps"][-1]["rejected"] == {"contaminated": 4}
     assert {name: len(source) for name, source in open_sources(out / "shards").items()} == {
         "mine_t2t": 5,
         "mine_t2v": 13,

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 from PIL import Image as PilImage
 
+from gve.data.exclusion import Excluding
 from gve.data.manifest import MANIFEST, Manifest, Presample
 from gve.data.readers import Dropped, Listing, Reader, Row, RowError
 from gve.data.schema import ShardError
@@ -64,6 +65,7 @@ class BuildOptions:
         samples_per_shard: at most 10,000.
         replace: take the place of sources of the same names.
         jobs: files decoded side by side.
+        exclude: ids of rows that are left out before anything is decoded (gve.data.exclusion).
     """
 
     source: str = ""
@@ -78,6 +80,7 @@ class BuildOptions:
     samples_per_shard: int = 1000
     replace: bool = False
     jobs: int = 2
+    exclude: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -112,6 +115,8 @@ def build(
     out = Path(out)
     if isinstance(rows, (str, Path)):
         rows = Listing(rows, options.source, options.task, any_task=options.level is not None)
+    if options.exclude:
+        rows = Excluding(rows, options.exclude)
     result = BuildResult()
     # A data set of millions may lack millions of its clips: what is rejected is not kept in memory either.
     with tempfile.TemporaryFile("w+", encoding="utf-8") as rejects:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from gve.data.build import REJECTS, BadRows, BuildOptions, build, check, stats
+from gve.data.exclusion import CONTAMINATED, read_exclusions
 from gve.data.manifest import Presample
 from gve.data.mixture import PUBLISHED_TOTALS, MixtureRow, mixture, summary, totals
 from gve.data.readers import READERS, Limited, Reader, ReaderOptions, open_reader
@@ -72,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--media", help="folder of the clips or pictures; each reader has its own default")
     new.add_argument("--media-name", default="", help="name of a clip's file with the fields of its row in braces")
     new.add_argument("--drop-list", help="file with a clip key or video id a line to leave out (internvid)")
+    new.add_argument(
+        "--exclude", type=Path, help="exclusion list of `gve synth audit`: rows with an id of it are left out"
+    )
     new.add_argument("--negatives", type=int, help="hard negatives kept per row, where the data set has some (mbeir)")
     new.add_argument("--seed", type=int, default=42, help="of the choices among rows, captions and positives")
     new.add_argument("--task", default="", help="modality task, for example T2V; derived from the rows when not given")
@@ -126,6 +130,7 @@ def _build(arguments: argparse.Namespace) -> int:
         samples_per_shard=arguments.samples_per_shard,
         replace=arguments.replace,
         jobs=max(1, arguments.jobs),
+        exclude=read_exclusions(arguments.exclude) if arguments.exclude else frozenset(),
     )
     rows = listing if arguments.reader == "listing" else _reader(arguments, Path(listing), known)
     try:
@@ -135,6 +140,8 @@ def _build(arguments: argparse.Namespace) -> int:
         for line in error.lines if len(error.lines) > 1 else ():
             print(f"gve shards build: {line}", file=sys.stderr)
         raise
+    if options.exclude and not result.dropped[CONTAMINATED]:
+        print(f"gve shards build: no row has an id of {arguments.exclude}: are they of this source?", file=sys.stderr)
     if arguments.json:
         counts = {"samples": result.samples, "rejected": result.rejected, "dropped": result.dropped}
         print(json.dumps({name: dict(count) for name, count in counts.items()}))

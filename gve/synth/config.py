@@ -158,16 +158,30 @@ def make_plan(values: Mapping[str, Any], out: str | Path, *, captioners: Mapping
         steps.append(Step(name, cls, build(cls.Options, section, name)))
     captioner = encoder = None
     if values.get("captioner"):
-        section = dict(values["captioner"])
-        kind = str(section.pop("kind", ""))
-        if kind not in captioners and ":" not in kind:
-            raise InputError(f"captioner kind {kind!r}: use one of {', '.join(captioners)}, or module:Class")
-        cls = find_class(captioners.get(kind, kind), "captioner")
-        captioner = Maker(cls, build(cls.Options, section, "captioner"))
+        captioner = make_captioner(values["captioner"], captioners)
     if values.get("encoder"):
         encoder = build(EncoderOptions, values["encoder"], "encoder").load
     run = build(RunOptions, values.get("run") or {}, "run")
     return Plan(Path(out), tuple(steps), seed, captioner, encoder, run, dict(values), tuple(STEPS))
+
+
+def make_captioner(values: Mapping[str, Any], kinds: Mapping[str, str], section: str = "captioner") -> Maker:
+    """What builds a captioner.
+
+    Args:
+        values: `kind`, and that captioner's own options.
+        kinds: kind -> "module:Class".
+        section: what messages call it.
+
+    Raises:
+        InputError: an unknown kind, class or key, or a value of the wrong type.
+    """
+    own = dict(values)
+    kind = str(own.pop("kind", ""))
+    if kind not in kinds and ":" not in kind:
+        raise InputError(f"{section} kind {kind!r}: use one of {', '.join(kinds)}, or module:Class")
+    cls = find_class(kinds.get(kind, kind), section)
+    return Maker(cls, build(cls.Options, own, section))
 
 
 def find_class(path: str, section: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gve.data.build import shrink
+from gve.data.exclusion import CONTAMINATED, read_exclusions
 from gve.data.manifest import Presample
 from gve.data.mixture import mixture
 from gve.data.shards import ShardWriter
@@ -35,7 +37,7 @@ class OutputOptions:
         presample_px: most pixels of a stored frame; 0 keeps its size.
         jpeg_quality: of stored frames, 1 to 100.
         samples_per_shard: at most 10,000.
-        exclude: file with an id a line, of weak pairs or of pairs, that are left out: the audit writes one.
+        exclude: exclusion list of ids, of weak pairs or of pairs, that are left out: `gve synth audit` writes one.
         jobs: pairs that are read, or decoded, side by side.
     """
 
@@ -62,11 +64,15 @@ class Output:
         self._presample = None
         if options.presample:
             self._presample = Presample(Sampling.parse(options.presample), options.presample_px, options.jpeg_quality)
-        self._excluded = _ids(options.exclude) if options.exclude else frozenset[str]()
+        self._excluded = read_exclusions(options.exclude) if options.exclude else frozenset[str]()
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        return {"excluded": len(self._excluded)}
+        """What is on the exclusion list: the same file may hold other ids at another time."""
+        if not self._excluded:
+            return {"excluded": 0}
+        digest = hashlib.sha256("\n".join(sorted(self._excluded)).encode()).hexdigest()
+        return {"excluded": f"{len(self._excluded)} {digest[:16]}"}
 
     def run(self, rows: Iterable[Row]) -> Iterator[Outcome]:
         """Raises InputError when no pair is left to write."""
@@ -134,7 +140,7 @@ class Output:
 
     def _pair(self, row: Row) -> Pair | Reject:
         if left_out := self._excluded.intersection({row["id"], *row["of"]}):
-            return Reject(row["id"], "output", "excluded", detail=f"{min(left_out)} is on the exclusion list")
+            return Reject(row["id"], "output", CONTAMINATED, detail=f"{min(left_out)} is on the exclusion list")
         try:
             query, target, *negatives = (
                 self._loaded(self._media.item(parts))
@@ -160,10 +166,3 @@ class Output:
             # The hash of the original, so that the pair can still be traced to it.
             return replace(part, source=shrink(frames, self._presample.max_frame_px), sha256=part.content_hash())
         return replace(part, source=data)
-
-
-def _ids(path: Path) -> frozenset[str]:
-    try:
-        return frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"exclusion list {path} cannot be read: {error}") from error

@@ -1,4 +1,5 @@
-"""The toy world's rules as the captioner of a synthesis: it knows what every clip shows, so every caption is true.
+"""The toy world's rules as the captioner of a synthesis: it knows what every clip shows, so every caption is true. It
+also judges captions in an audit, by the checker.
 
 The labelled upper bound beside the tiny base, and, with a dose of planted errors, a captioner whose share of false
 claims is known: what an audit should find, and the arms of a dose-response experiment.
@@ -16,10 +17,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from gve.items import InputError, Video
+from gve.synth.audit.judge import CHECK, CLAIMS, read_material
 from gve.synth.local import Attempts, in_batches
 from gve.synth.records import Reply, Request
 from gve.synth.replies import BadReply, read_reply
-from gve.toy import captions
+from gve.toy import captions, judging
 from gve.toy.captions import Teller
 from gve.toy.flips import Told, flip
 from gve.toy.forms import Noun
@@ -85,11 +87,8 @@ class Oracle:
     def _reply(self, request: Request) -> Reply:
         attempts = Attempts(request, time.monotonic(), count=1)
         try:
-            clips = [self.truth.of(part) for part in media(request)]
-            if not clips:
-                raise LookupError("nothing is shown")
-            told = {slot.name: self._fill(request, slot, clips) for slot in slots(request)}
-            attempts.text = json.dumps(told, ensure_ascii=False)
+            answer = self._verdicts if request.schema_name in (CLAIMS, CHECK) else self._captions
+            attempts.text = json.dumps(answer(request), ensure_ascii=False)
             attempts.value = read_reply(attempts.text, request.schema)
         except MediaError as error:
             attempts.error, attempts.text = f"media {error.reason}", str(error)
@@ -98,6 +97,23 @@ class Oracle:
         except BadReply as error:
             attempts.error = str(error)
         return attempts.reply()
+
+    def _captions(self, request: Request) -> dict[str, Any]:
+        clips = self._clips(request)
+        return {slot.name: self._fill(request, slot, clips) for slot in slots(request)}
+
+    def _verdicts(self, request: Request) -> dict[str, Any]:
+        """What a caption claims, or which of its claims are true; a judge never lies."""
+        caption, claims = read_material(request)
+        if request.schema_name == CLAIMS:
+            return judging.split(caption)
+        return judging.verdicts(caption, claims, self._clips(request)[-1])
+
+    def _clips(self, request: Request) -> list[Clip]:
+        clips = [self.truth.of(part) for part in media(request)]
+        if not clips:
+            raise LookupError("nothing is shown")
+        return clips
 
     def _fill(self, request: Request, slot: Slot, clips: Sequence[Clip]) -> Any:
         """The value of a slot about the last of the clips."""

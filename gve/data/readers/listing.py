@@ -18,9 +18,9 @@ _CSV_TEXTS = ("caption", "text", "sentence")
 
 
 class Listing:
-    """jsonl of {"query": {"text" | "image" | "video": ...}, "target": {...}, "negatives": [...], "source", "task",
-    "instruction"}, or csv with the columns `video` or `image` and `caption` (text to medium), or with columns like
-    query_text, query_image and target_video. Paths are relative to the listing.
+    """jsonl of {"query": {"text" | "image" | "video": ...}, "target": {...}, "negatives": [...], "id", "source",
+    "task", "instruction"}, or csv with the columns `video` or `image` and `caption` (text to medium), or with columns
+    like query_text, query_image and target_video. Paths are relative to the listing.
 
     Args:
         path: of the listing.
@@ -73,7 +73,7 @@ class Listing:
         """The pair that a row describes, its media still unopened."""
         if isinstance(row, RowError):
             raise row
-        known = {"query", "target", "negatives", "source", "task", "instruction"}
+        known = {"id", "query", "target", "negatives", "source", "task", "instruction"}
         if not isinstance(row, Mapping) or not {"query", "target"} <= set(row) <= known:
             raise RowError(f"a row has `query`, `target` and maybe {sorted(known - {'query', 'target'})}", "row")
         query = self._item(row["query"], row.get("instruction", ""))
@@ -87,7 +87,8 @@ class Listing:
             )
         if any(negative.modality != target.modality for negative in negatives):
             raise RowError(f"a hard negative is not of the target's modality {target.modality}", "task")
-        return Pair(query, target, negatives, source=str(row.get("source") or self._source), task=task)
+        source, key = (str(row.get(name) or "") for name in ("source", "id"))
+        return Pair(query, target, negatives, key=key, source=source or self._source, task=task)
 
     def _item(self, content: Any, instruction: str = "") -> Item:
         if not isinstance(content, Mapping):
@@ -121,7 +122,7 @@ def _from_json(line: str) -> Any:
 def _from_csv(columns: Mapping[str | None, Any]) -> Any:
     """A csv row in the form of a jsonl row."""
     filled = {name: value for name, value in columns.items() if name and value}
-    row: dict[str, Any] = {name: filled[name] for name in ("source", "task", "instruction") if name in filled}
+    row: dict[str, Any] = {name: filled[name] for name in ("id", "source", "task", "instruction") if name in filled}
     for role in ("query", "target"):
         content = {kind: filled[f"{role}_{kind}"] for kind in ("text", "image", "video") if f"{role}_{kind}" in filled}
         if content:
