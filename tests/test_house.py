@@ -33,6 +33,7 @@ TABLE = {
     "mining_cli": {"items", "video", "inputs", "data", "encode", "mining"},
     "plan_report": {"items", "video", "inputs", "data", "lightning_cli"},
     "lightning_cli": {"items", "callbacks", "data", "model"},
+    "slurm": {"items", "lightning_cli", "uvrb_cli"},
     "cli": {"items"},
     "__main__": {"cli"},
 }

@@ -147,6 +147,9 @@ def _config(trainer: L.Trainer) -> dict[str, str] | None:
 
 def _commit() -> dict[str, Any] | None:
     """Commit of the code and whether the tree differs from it; None where the code is not in a git checkout."""
+    snapshot = Path(gve.__file__).resolve().parents[1] / "snapshot.json"
+    if snapshot.is_file():  # code that was copied for a job (gve slurm)
+        return json.loads(snapshot.read_text())["commit"]
     if shutil.which("git") is None:
         return None
     folder = Path(gve.__file__).resolve().parent
