@@ -32,6 +32,7 @@ COMMANDS = {
     "uvrb": ("gve.uvrb_cli", "the benchmark, for any embedder: list, prepare, check, run, compare, report"),
     "synth": ("gve.synth_cli", "V-SynFlow, in the making (no quality stage and no audit yet): run, status"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
+    "export": ("gve.export.cli", "a trained model for transformers, sentence-transformers and vLLM, with a proof"),
     "slurm": ("gve.slurm.cli", "fit, validate, uvrb, sweep or synth as a job of a SLURM cluster"),
 }
 

@@ -34,6 +34,7 @@ TABLE = {
     "plan_report": {"items", "video", "inputs", "data", "lightning_cli"},
     "lightning_cli": {"items", "callbacks", "data", "model"},
     "slurm": {"items", "lightning_cli", "uvrb_cli"},
+    "export": {"items", "video", "inputs", "model", "encode", "eval"},
     "cli": {"items"},
     "__main__": {"cli"},
 }
@@ -41,10 +42,10 @@ TABLE = {
 HOMES = {
     "decord": {"video"},
     "webdataset": {"data"},
-    "transformers": {"model", "inputs", "toy", "encode", "synth"},
+    "transformers": {"model", "inputs", "toy", "encode", "synth", "export"},
     "sentence_transformers": {"encode"},
     "mteb": {"eval"},
-    "jinja2": {"eval", "synth"},
+    "jinja2": {"eval", "export", "synth"},
     "pyarrow": {"eval", "data", "synth"},
     "peft": {"model"},
     "torchvision": set(),
