@@ -219,6 +219,18 @@ def test_one_sided_loss_or_a_missing_mask_would_be_seen() -> None:
     assert abs(reference(make_case(), margin=0.05)["mean_loss"] - right) > 1e-3
 
 
+def test_one_direction_is_the_first_term_of_eq_1() -> None:
+    """`symmetric: false` is query to target alone: loss and gradient to 1e-10; both directions are another loss."""
+    case = make_case()
+    expected = reference(case, sides=(0,))
+    weight = torch.eye(6, dtype=torch.float64, requires_grad=True)
+    result = run(case, weight, slice(0, 12), Contrast(TAU, symmetric=False))
+    assert float(result.mean_loss) == pytest.approx(float(expected["mean_loss"]), abs=1e-10)
+    (gradient,) = torch.autograd.grad(result.loss, weight)
+    torch.testing.assert_close(gradient, expected["gradient"], atol=1e-10, rtol=1e-9)
+    assert (gradient - reference(case)["gradient"]).abs().max() > 1e-3
+
+
 def test_masked_rows_and_columns_get_no_gradient() -> None:
     rows = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     query, target = rows.clone().requires_grad_(), rows.flip(0).clone().requires_grad_()

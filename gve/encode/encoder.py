@@ -233,7 +233,7 @@ class BackboneEncoder:
         self.backbone, self.builder = backbone, builder
         self.batch_tokens, self.num_workers = batch_tokens, num_workers
         self._adapters = True
-        self._replay = _Replay(memory_bytes)
+        self._replay = _Replay(0 if backbone.tower_trains else memory_bytes)
 
     @property
     def dim(self) -> int:

@@ -2,6 +2,7 @@
 
 The only module that runs transformers and peft. The vision tower is constant, so it runs without gradient, in eval
 mode also while training, and once per distinct picture: its merged tokens are plain values that a caller may keep.
+Adapters on the tower (`Lora.tower`, an ablation) take that away: gradients pass, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -41,16 +42,23 @@ class Lora:
         alpha: the update is scaled by alpha / rank.
         dropout: on the adapters' input, while training.
         targets: names of the linear layers of each decoder layer that are adapted.
+        tower: also adapt the linear layers of the vision tower's blocks (`TOWER_TARGETS`), without dropout. The paper
+            freezes the tower; this is the ablation. Its features then change with every step and are never kept.
     """
 
     rank: int = 16
     alpha: int = 32
     dropout: float = 0.1
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj", "down_proj")
+    tower: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1 or not self.targets:
             raise InputError(f"{self} is no LoRA: rank must be >= 1, dropout in [0, 1), targets at least one")
+
+
+TOWER_TARGETS = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""Linear layers of each block of the vision tower."""
 
 
 class Backbone(nn.Module):
@@ -92,7 +100,7 @@ class Backbone(nn.Module):
         self.model = model
         self.lora = lora
         self._cache: OrderedDict[tuple[str, str], torch.Tensor] = OrderedDict()
-        self._cache_room = feature_cache_bytes
+        self._cache_room = 0 if self.tower_trains else feature_cache_bytes
         self.shards: list[FSDPModule] = []
         self._gathered = False
         self.train()
@@ -131,6 +139,11 @@ class Backbone(nn.Module):
             model = load_weights(transformers.Qwen2_5_VLModel, base, options)
         return cls(model, lora, gradient_checkpointing=gradient_checkpointing, feature_cache_bytes=feature_cache_bytes)
 
+    @property
+    def tower_trains(self) -> bool:
+        """Whether the tower has adapters: features then belong to the weights of the moment, and must not be kept."""
+        return self.lora is not None and self.lora.tower
+
     def media_features(self, *batches: EmbedBatch | None, max_tokens: int = 0) -> Features:
         """Runs the tower once over every distinct picture of the batches; images and clips share one call.
 
@@ -140,7 +153,7 @@ class Backbone(nn.Module):
                 larger picture has a call of its own. 0: one call.
 
         Returns:
-            The merged tokens of each picture, without gradient.
+            The merged tokens of each picture; with gradient only where the tower trains.
         """
         merge = self.model.visual.spatial_merge_unit
         features: dict[tuple[str, str], torch.Tensor] = {}
@@ -160,7 +173,7 @@ class Backbone(nn.Module):
                     fresh.append(_Picture(name, piece, shape, size // merge))
         for group in _groups(fresh, max_tokens):
             names, pieces, shapes, tokens = zip(*group, strict=True)
-            with CLOCK.phase("tower"), torch.no_grad():
+            with CLOCK.phase("tower"), torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
                 patches = torch.cat(pieces).to(self.model.visual.dtype)
                 merged = self.model.visual(patches, grid_thw=torch.stack(shapes)).pooler_output
             for name, rows in zip(names, merged.split(tokens), strict=True):
@@ -276,7 +289,7 @@ class Backbone(nn.Module):
         return [
             f"trainable parameters: {counts[True]:,} of {sum(counts.values()):,} ({lora})",
             f"vision tower: {sum(p.requires_grad for p in tower.parameters())} trainable tensors, "
-            f"{'TRAIN' if tower_training else 'eval'} mode, no gradient",
+            f"{'TRAIN' if tower_training else 'eval'} mode, {'adapted' if self.tower_trains else 'no gradient'}",
             f"pooled token: last attended, after the final norm, D={self.dim}, unit length in float32",
             f"attention kernel: tower {tower.config._attn_implementation}, language model {text._attn_implementation}; "
             f"base {self.model.dtype}".replace("torch.", ""),
@@ -444,6 +457,10 @@ def _adapt(model: transformers.Qwen2_5_VLModel, lora: Lora) -> None:
         raise InputError(
             f"lora.targets {', '.join(lora.targets)} match {len(found)} of {wanted} layers of the language model"
         )
+    if lora.tower:
+        blocks = "|".join(re.escape(name) for name in TOWER_TARGETS)
+        # One injection: a second one would leave the first without a gradient.
+        settings.target_modules = rf"{pattern}|visual\.blocks\.\d+\.({blocks})"
     peft.inject_adapter_in_model(settings, model)
     for name, parameter in model.named_parameters():
         if _is_adapter(name):

@@ -74,6 +74,7 @@ class VideoEmbedder(L.LightningModule):
         attention: kernel: "sdpa", "eager" or "flash_attention_2".
         temperature: of InfoNCE.
         false_negative_margin: drop negatives whose cosine is above the positive's by more than this; null: keep all.
+        symmetric: both directions of the loss count (the paper's); false: query to target alone.
         optimizer: AdamW and its schedule.
         gradient_checkpointing: recompute the language model's layers in backward.
         chunk_tokens: GradCache: tokens (padding included) that a rank runs through the language model at a time, with
@@ -96,6 +97,7 @@ class VideoEmbedder(L.LightningModule):
         attention: str = "sdpa",
         temperature: float = 0.03,
         false_negative_margin: float | None = None,
+        symmetric: bool = True,
         optimizer: Optimizer = _OPTIMIZER,
         gradient_checkpointing: bool = False,
         chunk_tokens: int = 0,
@@ -106,10 +108,12 @@ class VideoEmbedder(L.LightningModule):
         super().__init__()
         if chunk_tokens < 0:
             raise InputError(f"chunk_tokens {chunk_tokens} must be >= 0 (0: no chunks)")
+        if chunk_tokens and lora is not None and lora.tower:
+            raise InputError("lora.tower and chunk_tokens exclude each other: GradCache takes the tower as constant")
         self.base = base
         self.inputs = inputs
         self.lora = lora
-        self.contrast = Contrast(temperature, false_negative_margin, loss_tile)
+        self.contrast = Contrast(temperature, false_negative_margin, loss_tile, symmetric)
         self.chunk_tokens = chunk_tokens
         self.optimizer_settings = optimizer
         self._build_backbone = partial(
@@ -333,4 +337,5 @@ def _lora_dict(lora: Lora | None) -> dict[str, Any] | None:
 
 
 def _without_dropout(lora: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if lora is None else {name: value for name, value in lora.items() if name != "dropout"}
+    # Checkpoints of before `tower` existed have none.
+    return None if lora is None else {k: v for k, v in {"tower": False, **lora}.items() if k != "dropout"}

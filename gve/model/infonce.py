@@ -30,11 +30,13 @@ class Contrast:
         false_negative_margin: masks negatives whose cosine is above the positive's by more than this; None: off.
         tile: columns of cosines that exist at a time; each tile is computed again in backward, so memory is
             B * tile instead of B * W * B values, for one more matrix product. 0: all at once.
+        symmetric: the loss of a pair is the mean of both directions (paper eq. 1); False: query to target alone.
     """
 
     temperature: float = 0.03
     false_negative_margin: float | None = None
     tile: int = 0
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -96,15 +98,16 @@ def info_nce(
     valid: torch.Tensor | None = None,
     gather: bool = True,
 ) -> InfoNCE:
-    """Symmetric InfoNCE of paper eq. 1, in float32 whatever the autocast state (in float64 for float64 rows).
+    """InfoNCE of paper eq. 1, in float32 whatever the autocast state (in float64 for float64 rows).
 
     Query i contrasts its target with the other targets of all ranks and with its own hard negatives; target i
-    contrasts its query with the other queries. L_i is the mean of the two, the loss the mean over all valid pairs.
+    contrasts its query with the other queries. L_i is the mean of the two (without `contrast.symmetric` the first
+    alone), the loss the mean over all valid pairs.
 
     Args:
         query: [B, D] unit rows. B must be equal on all ranks.
         target: [B, D] unit rows; row i is the positive of query i.
-        contrast: temperature, margin and tiles.
+        contrast: temperature, margin, tiles, both directions or one.
         negatives: hard negatives; they enter only the query's side, and only in their own row.
         content_ids: ([B], [B]) int64 of the queries and the targets. Another pair with an equal query or an equal
             target is a false negative and is masked, also across ranks; so is a hard negative equal to the positive.
@@ -142,7 +145,8 @@ def info_nce(
         own_logit = positive[:, None] / temperature
         query_loss = torch.cat([own_logit, forward, hard / temperature], 1).logsumexp(1) - own_logit[:, 0]
         target_loss = torch.cat([own_logit, backward], 1).logsumexp(1) - own_logit[:, 0]
-        loss_sum = torch.where(valid, (query_loss + target_loss) / 2, 0).sum()
+        each = (query_loss + target_loss) / 2 if contrast.symmetric else query_loss
+        loss_sum = torch.where(valid, each, 0).sum()
         positive, largest = positive.detach(), torch.cat([largest, hard.detach()], 1).amax(1)
         relevance = torch.stack([positive + total.sum(1), 1 + count.sum(1)], 1)
         return _report(loss_sum, positive, largest, relevance, valid, world)
