@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the work failed, 2 the input cannot be used (one line on s
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,10 @@ COMMANDS = {
     "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
     "uvrb": ("gve.uvrb_cli", "the benchmark, for any embedder: list, prepare, check, run, compare, report"),
     "synth": ("gve.synth_cli", "V-SynFlow, in the making (no quality stage and no audit yet): run, status"),
+    "sweep": ("gve.sweep.cli", "many runs from one file, here or as a SLURM array: run, status, collect"),
+    "embed": ("gve.search_cli.embed", "texts, pictures, videos and mixes of them to vectors in one file"),
+    "index": ("gve.search_cli.index", "folders of videos to an index of their moments; run again, it takes what is new"),
+    "search": ("gve.search_cli.search", "moments of indexed videos by text, picture, clip or a mix, with times"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
     "export": ("gve.export.cli", "a trained model for transformers, sentence-transformers and vLLM, with a proof"),
     "slurm": ("gve.slurm.cli", "fit, validate, uvrb, sweep or synth as a job of a SLURM cluster"),
@@ -68,16 +73,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         print(f"gve: error: unknown command {name!r}; one of: {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    module = importlib.import_module(COMMANDS[name][0])
     arguments = words if COMMANDS[name][0] == "gve.lightning_cli" else words[1:]
+    # A cluster may ask a run to stop while it imports: the request is held back until it can save its state
+    # (gve.callbacks.preemption), instead of killing it.
+    held = {signal.SIGUSR1} if name == "fit" else set()
+    signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
-        code = module.main(arguments)
+        code = importlib.import_module(COMMANDS[name][0]).main(arguments)
     except InputError as error:
         print(f"gve {name}: error: {one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"gve {name}: interrupted", file=sys.stderr)
         code = 130
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
     raise SystemExit(code)
 
 

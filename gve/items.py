@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,9 +34,11 @@ class Frames:
 
     Args:
         pixels: [T, H, W, 3] uint8, RGB, upright (rotation applied).
-        times_s: [T] float64, presentation time of each frame in seconds after the first frame of the file.
-        indices: [T] int64, index of each frame among the file's frames; rises, and repeats where the clip is too short.
-        num_frames: frames in the whole file, after decoding rules (N of the released rule).
+        times_s: [T] float64, presentation time of each frame in seconds after the first frame of the file, or of the
+            span of it that was read.
+        indices: [T] int64, index of each frame among those of the file or span; rises, and repeats where the clip is
+            too short.
+        num_frames: frames in the whole file or span, after decoding rules (N of the released rule).
         native_fps: average frame rate of the file, in Hz.
     """
 
@@ -113,7 +116,30 @@ class Image(Media):
 
 @dataclass(frozen=True, eq=False)
 class Video(Media):
-    """A clip."""
+    """A clip: a file, or a span of one that is read as if it were a file of its own and never cut out.
+
+    Args:
+        span_s: first and last second of the span, counted from the first frame of the file; None is all of it.
+    """
+
+    span_s: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.span_s is None:
+            return
+        start_s, end_s = self.span_s
+        if not 0 <= start_s < end_s < math.inf:
+            raise InputError(f"{self.name or 'clip'}: span {start_s:g} s to {end_s:g} s is empty or begins before 0")
+        if not isinstance(self.source, (str, Path, bytes)):
+            raise InputError(f"{self.name or 'clip'}: a span needs a file, decoded frames have none")
+
+    def content_hash(self) -> str:
+        """As of every medium; a span of a file is another content than the file. `sha256` is always the file's."""
+        own = super().content_hash()
+        if self.span_s is None:
+            return own
+        return hashlib.sha256(f"{own}\0{self.span_s[0]!r}\0{self.span_s[1]!r}".encode()).hexdigest()
 
 
 Part = Text | Image | Video

@@ -34,6 +34,9 @@ TABLE = {
     "plan_report": {"items", "video", "inputs", "data", "lightning_cli"},
     "lightning_cli": {"items", "callbacks", "data", "model"},
     "slurm": {"items", "lightning_cli", "uvrb_cli"},
+    "sweep": {"items", "eval", "callbacks", "lightning_cli", "synth_cli"},
+    "search": {"items", "video", "encode", "eval"},
+    "search_cli": {"items", "video", "encode", "search"},
     "export": {"items", "video", "inputs", "model", "encode", "eval"},
     "cli": {"items"},
     "__main__": {"cli"},
@@ -45,9 +48,10 @@ HOMES = {
     "transformers": {"model", "inputs", "toy", "encode", "synth", "export"},
     "sentence_transformers": {"encode"},
     "mteb": {"eval"},
-    "jinja2": {"eval", "export", "synth"},
-    "pyarrow": {"eval", "data", "synth"},
+    "jinja2": {"eval", "export", "synth", "search"},
+    "pyarrow": {"eval", "data", "synth", "search"},
     "peft": {"model"},
+    "lancedb": {"search"},
     "torchvision": set(),
 }
 

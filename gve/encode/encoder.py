@@ -121,7 +121,7 @@ def decoded(item: Item, policy: InputPolicy) -> Item:
 
     def part(part: Part) -> Part:
         if isinstance(part, Video) and isinstance(part.source, (str, Path, bytes)):
-            frames = video.decode_guarded(part.source, policy.sampling, name=part.name)
+            frames = video.decode_guarded(part.source, policy.sampling, name=part.name, span_s=part.span_s)
             return Video(frames, part.content_hash(), part.name)
         if isinstance(part, Image) and isinstance(part.source, (str, Path, bytes)):
             return Image(video.decode_image(part.source, name=part.name), part.content_hash(), part.name)

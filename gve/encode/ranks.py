@@ -12,12 +12,15 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from gve.items import InputError
+
+Shared = TypeVar("Shared")
 
 # How long a rank waits for the others: a part of an evaluation may take long, and a dead rank ends its launcher.
 _PATIENCE = datetime.timedelta(hours=6)
@@ -52,6 +55,15 @@ def union(values: dict[str, str]) -> dict[str, str]:
     parts: list[dict[str, str]] = [{} for _ in range(size)]
     dist.all_gather_object(parts, values)
     return {key: value for part in parts for key, value in sorted(part.items())}
+
+
+def broadcast(value: Shared) -> Shared:
+    """What rank 0 has, on every rank; the others' value is not looked at."""
+    if world()[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class EmbeddingStore:
             self.add(keys, np.stack([other[key] for key in keys]), write=write)
             self.added = before
 
-    def add(self, keys: Sequence[str], vectors: np.ndarray, *, write: bool = True) -> None:
+    def add(self, keys: Sequence[str], vectors: np.ndarray | Sequence[np.ndarray], *, write: bool = True) -> None:
         """Keeps [N, D] vectors; in the folder too, if there is one and this process is to write."""
         self._vectors |= dict(zip(keys, vectors, strict=True))
         self.added += len(keys)

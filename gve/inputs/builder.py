@@ -250,7 +250,7 @@ class InputBuilder:
     def _frames(self, part: Video) -> Frames:
         if isinstance(part.source, Frames):
             return part.source
-        return video.decode(_file(part), self.policy.sampling, name=part.name)
+        return video.decode(_file(part), self.policy.sampling, name=part.name, span_s=part.span_s)
 
     def _size(self, part: Image | Video) -> tuple[int, int, int]:
         """(frames, height, width) of a medium before the resize."""

@@ -5,7 +5,8 @@ everything else and judges what decord refuses. A scan of the packets decides wh
 count and the same times, so the choice never changes what is seen.
 
 Video files are hostile: decoders hang, abort and claim gigabytes. `decode_guarded` works in a child process that can
-be killed, and belongs wherever raw files enter. `decode` is for files that a build has verified.
+be killed, and belongs wherever raw files enter; `call_guarded` lends the child to other functions that look into them.
+`decode` is for files that a build has verified.
 
 Rules, the same for both decoders:
 
@@ -18,8 +19,8 @@ Rules, the same for both decoders:
 Nothing here imports torch, so the child (`python -m gve.video`) starts in 0.5 s.
 """
 
-from gve.video.decoders import DECORD_AVAILABLE, VideoInfo, decode, probe
-from gve.video.guard import decode_guarded
+from gve.video.decoders import DECORD_AVAILABLE, VideoInfo, decode, play, probe, upright
+from gve.video.guard import call_guarded, decode_guarded
 from gve.video.pictures import decode_image, encode_jpeg
 from gve.video.sampling import Sampling, frame_indices
 from gve.video.source import MediaError
@@ -29,10 +30,13 @@ __all__ = [
     "MediaError",
     "Sampling",
     "VideoInfo",
+    "call_guarded",
     "decode",
     "decode_guarded",
     "decode_image",
     "encode_jpeg",
     "frame_indices",
+    "play",
     "probe",
+    "upright",
 ]

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,7 +35,7 @@ MAX_CLIP_BYTES = 2 << 30
 
 # Demuxers that may open a file. The list keeps playlists out (hls, concat, image sequences): their text can make FFmpeg
 # read other files and addresses.
-_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,gif,flv,asf,m4v,h264,hevc,ivf"
+FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,ogg,gif,flv,asf,m4v,h264,hevc,ivf"
 _DECORD_CODECS = frozenset({"h264", "hevc", "vp8", "vp9"})
 _DECORD_FORMATS = frozenset({"mov", "matroska"})
 _DECORD_MIN_SIDE_PX = 32  # decord 0.6 gives a 96 px wide array for a 1 px wide video
@@ -101,7 +102,7 @@ def _opened(source: Source, name: str) -> Iterator[tuple[InputContainer, VideoSt
     # The absolute path starts with "/", so no name can be read as a protocol ("http:", "concat:").
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
     try:
-        container = av.open(file, options={"format_whitelist": _FORMATS})
+        container = av.open(file, options={"format_whitelist": FORMATS})
     except (av.FFmpegError, ValueError, UnicodeError) as error:
         reject(name, "not-a-video", f"no video format that can be read: {reason_of(error)}")
     with container:
@@ -249,17 +250,39 @@ def _quarter_turns(frame: VideoFrame, name: str) -> int:
     return round(frame.rotation / 90) % 4
 
 
+def upright(frame: VideoFrame, name: str) -> np.ndarray:
+    """[H, W, 3] uint8 RGB of a frame that `play` gives.
+
+    Raises:
+        MediaError: the file does not say how the frame is turned.
+    """
+    return np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame, name))
+
+
+def _within(line: _Timeline, span_s: tuple[float, float] | None, name: str) -> tuple[int, int]:
+    """(First frame, number of frames) of a span: those that begin in it, else the one that is shown at its start."""
+    if span_s is None:
+        return 0, len(line)
+    end_s = float(line.times_s[-1]) + (line.last_s or 1 / line.native_fps)
+    if span_s[0] >= end_s:
+        reject(name, "no-such-span", f"it ends at {end_s:g} s, the span begins at {span_s[0]:g} s")
+    first, stop = np.searchsorted(line.times_s, np.array(span_s) - 1e-6)  # ticks are no round numbers in binary
+    if first == stop:
+        first -= 1
+    return int(first), int(stop - first)
+
+
 def _gather(frames: Iterator[VideoFrame], count: int, name: str) -> np.ndarray:
     """[count, H, W, 3] uint8 of `count` frames, upright."""
     pixels = np.empty(0, np.uint8)
     for row, frame in enumerate(frames):
-        upright = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame, name))
+        turned = upright(frame, name)
         if row == 0:
-            _check_clip_size(count, upright.shape[0], upright.shape[1], name)
-            pixels = np.empty((count, *upright.shape), np.uint8)
-        if upright.shape != pixels.shape[1:]:
-            reject(name, "undecodable", f"its frame size changes from {pixels.shape[1:3]} to {upright.shape[:2]}")
-        pixels[row] = upright
+            _check_clip_size(count, turned.shape[0], turned.shape[1], name)
+            pixels = np.empty((count, *turned.shape), np.uint8)
+        if turned.shape != pixels.shape[1:]:
+            reject(name, "undecodable", f"its frame size changes from {pixels.shape[1:3]} to {turned.shape[:2]}")
+        pixels[row] = turned
         if row + 1 == count:
             return pixels
     reject(name, "truncated", "fewer frames decode the second time")
@@ -312,34 +335,59 @@ def _decode_decord(source: Source, stream: VideoStream, line: _Timeline, indices
             raise _DecordFailed(f"decord counts {len(reader)} frames, the packets hold {len(line)}")
         pixels = reader.get_batch(indices).asnumpy()
         del reader
-    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError) as error:
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, IndexError, UnicodeError) as error:
         raise _DecordFailed(str(error).partition("\n")[0]) from error
     if sorted(pixels.shape[1:3]) != sorted((stream.height, stream.width)):
         raise _DecordFailed(f"decord gives frames of shape {pixels.shape[1:]}")
     return pixels
 
 
-def _decode_all(source: Source, sampling: Sampling, name: str) -> Frames:
+def _decode_all(source: Source, sampling: Sampling, name: str, span_s: tuple[float, float] | None) -> Frames:
     """PyAV without seeking: decodes the stream twice, to count and to keep, and judges damage."""
     with _opened(source, name) as (container, stream):
         line = _walk(container, stream, name)
-    indices = frame_indices(len(line), line.native_fps, sampling)
+    within = _within(line, span_s, name)
+    indices = within[0] + frame_indices(within[1], line.native_fps, sampling)
     needed = set(indices.tolist())
     with _opened(source, name) as (container, stream):
         frames = (frame for index, frame in enumerate(_frames(container, stream, name)) if index in needed)
-        return _clip(_gather(frames, len(needed), name), line, indices)
+        return _clip(_gather(frames, len(needed), name), line, indices, within)
 
 
-def _clip(pixels: np.ndarray, line: _Timeline, indices: np.ndarray) -> Frames:
-    """Frames of `indices` from the pixels of the distinct ones."""
+def _clip(pixels: np.ndarray, line: _Timeline, indices: np.ndarray, within: tuple[int, int]) -> Frames:
+    """Frames of `indices` from the pixels of the distinct ones, told as of a file that holds what `within` gives."""
     distinct, rows = np.unique(indices, return_inverse=True)
     if len(distinct) < len(indices):
         pixels = pixels[rows]
-    return Frames(pixels, line.times_s[indices], indices, len(line), line.native_fps)
+    first, count = within
+    return Frames(pixels, line.times_s[indices] - line.times_s[first], indices - first, count, line.native_fps)
+
+
+_LINES: OrderedDict[tuple[str, int, int], _Timeline] = OrderedDict()
+_LINES_KEPT = 32
+
+
+def _scan_once(container: InputContainer, stream: VideoStream, source: Source, name: str) -> _Timeline:
+    """`_scan`, remembered for the files of the last spans: an hour of video has 720 windows and 108,000 packets."""
+    if isinstance(source, bytes):
+        return _scan(container, stream, name)
+    status = os.stat(source)
+    key = (os.path.abspath(source), status.st_size, status.st_mtime_ns)
+    line = _LINES.pop(key, None) or _scan(container, stream, name)
+    _LINES[key] = line
+    while len(_LINES) > _LINES_KEPT:
+        _LINES.popitem(last=False)
+    return line
 
 
 def decode(
-    source: Source, sampling: Sampling, *, backend: Backend = "auto", name: str = "", verify: bool = False
+    source: Source,
+    sampling: Sampling,
+    *,
+    backend: Backend = "auto",
+    name: str = "",
+    verify: bool = False,
+    span_s: tuple[float, float] | None = None,
 ) -> Frames:
     """Samples frames of a video in this process. For files that a build has verified; see `decode_guarded`.
 
@@ -349,18 +397,23 @@ def decode(
         name: what to call the file in messages.
         verify: decode the frames that decord gave by PyAV too, and refuse the file if one is damaged: decord shows
             patched-up frames and says nothing. Costs a second decoding without conversion.
+        span_s: first and last second of the part that is read as if it were the file; None is all. Spans are sought
+            by PyAV, since decord reads a whole file before its first frame.
 
     Raises:
         MediaError: the file cannot be used; `reason` says why.
     """
     name = called(source, name)
     with _opened(source, name) as (container, stream):
-        line = _scan(container, stream, name)
-        if backend == "decord" or (backend == "auto" and DECORD_AVAILABLE and _suits_decord(container, stream, line)):
-            indices = frame_indices(max(len(line), 1), line.native_fps, sampling)
+        line = _scan(container, stream, name) if span_s is None else _scan_once(container, stream, source, name)
+        if backend == "decord" or (
+            backend == "auto" and span_s is None and DECORD_AVAILABLE and _suits_decord(container, stream, line)
+        ):
+            within = _within(line, span_s, name) if len(line) else (0, 1)
+            indices = within[0] + frame_indices(within[1], line.native_fps, sampling)
             _check_clip_size(len(indices), stream.height, stream.width, name)
             try:
-                clip = _clip(_decode_decord(source, stream, line, np.unique(indices), name), line, indices)
+                clip = _clip(_decode_decord(source, stream, line, np.unique(indices), name), line, indices, within)
                 if verify:
                     for _ in _sought(container, stream, line, np.unique(indices), name):
                         pass
@@ -370,24 +423,45 @@ def decode(
                 if backend == "decord":
                     reject(name, "undecodable", f"decord cannot decode it: {error}")
                 logger.debug("%s: %s; PyAV takes it", name, error)
-        found = _decode_seeking(container, stream, line, sampling, name)
-    clip = found or _decode_all(source, sampling, name)
+        found = _decode_seeking(container, stream, line, sampling, name, span_s)
+    clip = found or _decode_all(source, sampling, name, span_s)
     say_if_short(name, clip.num_frames, len(clip.indices))
     return clip
 
 
 def _decode_seeking(
-    container: InputContainer, stream: VideoStream, line: _Timeline, sampling: Sampling, name: str
+    container: InputContainer,
+    stream: VideoStream,
+    line: _Timeline,
+    sampling: Sampling,
+    name: str,
+    span_s: tuple[float, float] | None,
 ) -> Frames | None:
     """PyAV with jumps between key frames; None where the stream must be read from its start."""
     if not line.exact:
         return None
-    indices = frame_indices(len(line), line.native_fps, sampling)
+    within = _within(line, span_s, name)
+    indices = within[0] + frame_indices(within[1], line.native_fps, sampling)
     distinct = np.unique(indices)
     try:
-        return _clip(_gather(_sought(container, stream, line, distinct, name), len(distinct), name), line, indices)
+        pixels = _gather(_sought(container, stream, line, distinct, name), len(distinct), name)
+        return _clip(pixels, line, indices, within)
     except (_NotSought, av.FFmpegError):
         return None
+
+
+def play(source: Source, name: str = "") -> Iterator[VideoFrame]:
+    """Every frame in the order of showing, as PyAV decodes it in this process: for what must see all of them.
+
+    Raises:
+        MediaError: the file cannot be opened, or a frame is damaged; `reason` says why.
+    """
+    name = called(source, name)
+    with _opened(source, name) as (container, stream):
+        try:
+            yield from _frames(container, stream, name)
+        except av.FFmpegError as error:
+            reject(name, "undecodable", f"a frame does not decode: {reason_of(error)}")
 
 
 @functools.lru_cache(maxsize=4096)  # once a file

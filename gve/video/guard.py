@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -176,7 +177,13 @@ atexit.register(_pool.close)
 
 
 def decode_guarded(
-    source: Source, sampling: Sampling, *, timeout_s: float = 30.0, backend: Backend = "auto", name: str = ""
+    source: Source,
+    sampling: Sampling,
+    *,
+    timeout_s: float = 30.0,
+    backend: Backend = "auto",
+    name: str = "",
+    span_s: tuple[float, float] | None = None,
 ) -> Frames:
     """`decode` with `verify` in a child process: killed when it hangs, and its crash or memory hunger ends only itself.
 
@@ -185,6 +192,7 @@ def decode_guarded(
 
     Args:
         timeout_s: the longest one attempt may take, in seconds (so "auto" may take twice that).
+        span_s: as in `decode`.
 
     Raises:
         MediaError: as `decode`; also with reason "timeout", "crashed" or "out-of-memory".
@@ -196,7 +204,8 @@ def decode_guarded(
         attempts = ("auto", "pyav") if decoders.DECORD_AVAILABLE else ("pyav",)
     for attempt in attempts:
         try:
-            clip = _ask_child(source, sampling, timeout_s, attempt, name)
+            head = {"sampling": asdict(sampling), "backend": attempt, "name": name, "span_s": span_s}
+            clip = _clip_of_child(source, head, timeout_s, name)
         except MediaError as error:
             if error.reason not in ("timeout", "crashed", "out-of-memory") or attempt == attempts[-1]:
                 raise
@@ -207,8 +216,42 @@ def decode_guarded(
     return clip
 
 
-def _ask_child(source: Source, sampling: Sampling, timeout_s: float, backend: Backend, name: str) -> Frames:
-    head = {"sampling": asdict(sampling), "backend": backend, "name": name}
+def call_guarded(
+    function: str, source: Source, arguments: dict[str, Any], *, timeout_s: float = 30.0, name: str = ""
+) -> tuple[dict[str, Any], bytes]:
+    """Another function that looks into a file, called in the same child process.
+
+    Args:
+        function: "module:function"; called as `function(source, name, **arguments)`, it returns plain values for JSON
+            and bytes. It must come from the program, never from data.
+        arguments: plain values for JSON.
+        timeout_s: the longest it may take, in seconds.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        MediaError: as the function raises it; also with reason "timeout", "crashed" or "out-of-memory".
+    """
+    name = called(source, name)
+    check_exists(source, name)
+    head = {"call": function, "arguments": arguments, "name": name}
+    reply, body = _ask_child(source, head, timeout_s, name)
+    return reply, body.tobytes()
+
+
+def _clip_of_child(source: Source, head: dict[str, Any], timeout_s: float, name: str) -> Frames:
+    reply, pixels = _ask_child(source, head, timeout_s, name)
+    return Frames(
+        pixels.reshape(reply["shape"]),
+        np.array(reply["times_s"], np.float64),
+        np.array(reply["indices"], np.int64),
+        reply["num_frames"],
+        reply["native_fps"],
+    )
+
+
+def _ask_child(source: Source, head: dict[str, Any], timeout_s: float, name: str) -> tuple[dict[str, Any], np.ndarray]:
     body = source if isinstance(source, bytes) else b""
     if not isinstance(source, bytes):
         head["path"] = os.path.abspath(source)
@@ -228,17 +271,11 @@ def _ask_child(source: Source, sampling: Sampling, timeout_s: float, backend: Ba
     _pool.give(child)
     if "reason" in reply:
         raise MediaError(reply["message"], reason=reply["reason"], name=name)
-    return Frames(
-        pixels.reshape(reply["shape"]),
-        np.array(reply["times_s"], np.float64),
-        np.array(reply["indices"], np.int64),
-        reply["num_frames"],
-        reply["native_fps"],
-    )
+    return reply["answer"], pixels
 
 
 def serve() -> None:
-    """The child's loop: decode what stdin asks for until it closes."""
+    """The child's loop: do what stdin asks for until it closes."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     os.dup2(2, 1)
@@ -252,30 +289,35 @@ def serve() -> None:
             return
         # The kernel ends a hung child also when the parent is gone: the alarm's default action needs no Python.
         signal.setitimer(signal.ITIMER_REAL, head["timeout_s"] + 5.0)
-        reply, pixels = _answer(head, body) if "sampling" in head else ({}, memoryview(b""))
+        reply, data = _answer(head, body) if "name" in head else ({}, b"")
         signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(replies, reply, pixels)
+        _send(replies, reply, data)
 
 
-def _answer(head: dict[str, Any], body: np.ndarray) -> tuple[dict[str, Any], memoryview]:
+def _answer(head: dict[str, Any], body: np.ndarray) -> tuple[dict[str, Any], bytes | memoryview]:
     source = head.get("path") or body.tobytes()
     name = head["name"]
     try:
-        clip = decode(source, Sampling(**head["sampling"]), backend=head["backend"], name=name, verify=True)
+        if "call" in head:
+            module, _, function = head["call"].partition(":")
+            answer, data = getattr(importlib.import_module(module), function)(source, name, **head["arguments"])
+            return {"answer": answer}, data
+        sampling, span_s = Sampling(**head["sampling"]), head["span_s"]
+        clip = decode(source, sampling, backend=head["backend"], name=name, verify=True, span_s=span_s)
     except MediaError as error:
-        return {"reason": error.reason, "message": str(error)}, memoryview(b"")
+        return {"reason": error.reason, "message": str(error)}, b""
     except MemoryError:
         limit = CHILD_MEMORY_BYTES / 2**30
         message = f"{name}: decoding needs more than {limit:g} GiB (out-of-memory)"
-        return {"reason": "out-of-memory", "message": message}, memoryview(b"")
+        return {"reason": "out-of-memory", "message": message}, b""
     except Exception as error:  # the boundary of a process that must go on: reported as the file's reason
         message = f"{name}: {type(error).__name__}: {error} (undecodable)"
-        return {"reason": "undecodable", "message": message}, memoryview(b"")
-    reply = {
+        return {"reason": "undecodable", "message": message}, b""
+    answer = {
         "shape": clip.pixels.shape,
         "times_s": clip.times_s.tolist(),
         "indices": clip.indices.tolist(),
         "num_frames": clip.num_frames,
         "native_fps": clip.native_fps,
     }
-    return reply, np.ascontiguousarray(clip.pixels).data.cast("B")
+    return {"answer": answer}, np.ascontiguousarray(clip.pixels).data.cast("B")

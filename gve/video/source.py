@@ -20,7 +20,7 @@ class MediaError(InputError):
     Args:
         message: one line that names the file and what is wrong with it.
         reason: a slug: missing, unreadable, empty, not-a-video, no-video-stream, undecodable, truncated, garbled,
-            too-large, timeout, crashed, out-of-memory, no-decoder, not-an-image.
+            too-large, timeout, crashed, out-of-memory, no-decoder, no-such-span, not-an-image.
         name: the file, as the caller calls it.
     """
 

@@ -1,0 +1,1 @@
+"""`gve embed`, `gve index` and `gve search`."""
