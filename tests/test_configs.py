@@ -31,6 +31,9 @@ OVERLAYS = sorted(
     path
     for path in (ROOT / "experiments").rglob("*.yaml")
     if {"model", "data", "trainer"} & set(yaml.safe_load(path.read_text()) or ())
+    # Overlays of a sweep say only what they change; tests/test_experiments.py lays them over their recipes.
+    and path.name != "toy.yaml"
+    and not (path.parent / "sweep.yaml").is_file()
 )
 
 

@@ -49,7 +49,7 @@ class RunRecord(L.Callback):
             "start": _now(),
             "end": None,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "commit": _commit(),
+            "commit": commit_of_code(),
             "versions": {"gve": gve.__version__, "python": platform.python_version(), **_versions()},
             "hardware": _hardware(),
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
@@ -145,7 +145,7 @@ def _config(trainer: L.Trainer) -> dict[str, str] | None:
     return {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _commit() -> dict[str, Any] | None:
+def commit_of_code() -> dict[str, Any] | None:
     """Commit of the code and whether the tree differs from it; None where the code is not in a git checkout."""
     snapshot = Path(gve.__file__).resolve().parents[1] / "snapshot.json"
     if snapshot.is_file():  # code that was copied for a job (gve slurm)
