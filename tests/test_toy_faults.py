@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from gve.toy.faults import CAPTION_FAULTS, FAULTS, PileRequest, make_pile, read_
 from gve.toy.flips import Told
 from gve.toy.toy_cli import main
 from gve.toy.truth import Truth
-from gve.video import MediaError, Sampling, decode, probe
+from gve.video import MediaError, Sampling, decode
 
 ROWS, EACH = 200, 6
 
@@ -116,15 +118,27 @@ def test_copies_show_what_their_originals_show(pile: Path, listed: dict[str, dic
     assert len(sides) > 1  # some are of another size
 
 
-def test_damaged_files_give_nothing_and_cut_ones_give_their_begin(
+def test_damaged_files_give_too_little_and_repairable_ones_nearly_all(
     pile: Path, listed: dict[str, dict[str, str]]
 ) -> None:
     for row in of_fault(listed, "damaged"):
         with pytest.raises(MediaError):
-            probe(pile / row["video"])
+            decode(pile / row["video"], Sampling.uniform(8), verify=True)
+        assert row["variant"] == "half" or not frames_left(pile / row["video"])
+        assert frames_left(pile / row["video"]) < 24
     for row in of_fault(listed, "repairable"):
         with pytest.raises(MediaError, match=r"truncated|garbled"):
             decode(pile / row["video"], Sampling.uniform(8), verify=True)
+        assert 26 <= frames_left(pile / row["video"]) <= 32
+
+
+def frames_left(path: Path) -> int:
+    """Frames that decode before the first error, of 32."""
+    count = 0
+    with contextlib.suppress(av.FFmpegError, IndexError), av.open(str(path)) as container:
+        for _ in container.decode(container.streams.video[0]):
+            count += 1
+    return count
 
 
 def test_an_equal_request_gives_equal_files_and_is_reused(

@@ -58,8 +58,8 @@ FAULTS: Mapping[str, str] = {
     "frozen": "moves for the first quarter or third and stands still from then on",
     "near-duplicate": "a clip of another row, compressed anew, resized or both; its caption is another account",
     "exact-duplicate": "file and caption of another row",
-    "damaged": "a file that nothing can be had of",
-    "repairable": "a file that is cut or garbled, of which some seconds can be saved",
+    "damaged": "a file that nothing can be had of, or not enough for its caption to be true",
+    "repairable": "a file that lacks a frame or two at its end, or has them garbled",
 }
 """Fault -> what it is."""
 CAPTION_FAULTS = tuple(FAULTS)[:8]
@@ -84,6 +84,7 @@ class PileRequest:
         share: of the rows that have a fault; each kind has the same number of them.
         faults: names of FAULTS.
         siblings: share of the good rows whose clip is of the same foil group as that of another good row.
+        short: every good caption is one short sentence, instead of one of seven kinds.
 
     Raises:
         InputError: a value that is none.
@@ -94,6 +95,7 @@ class PileRequest:
     share: float = 0.4
     faults: tuple[str, ...] = tuple(FAULTS)
     siblings: float = 0.1
+    short: bool = False
 
     def __post_init__(self) -> None:
         if unknown := set(self.faults) - set(FAULTS):
@@ -243,7 +245,8 @@ class _Planter:
             families.groups(family, 2 * request.rows, f"pile-{request.seed}-{family.__name__}", refuse=refuse)
             for family in TOLD
         )
-        self._families = cycle(zip(TOLD.values(), drawn, strict=True))
+        kinds = [("short",)] * len(TOLD) if request.short else TOLD.values()
+        self._families = cycle(zip(kinds, drawn, strict=True))
 
     def rows(self) -> Iterator[Planted]:
         """Good rows first, then the faults in their order."""
@@ -387,25 +390,28 @@ TEXTS: Mapping[str, Sequence[str]] = {
 """Fault -> captions; Russian and Chinese say: a red circle hops up; a red circle moves left and stops."""
 
 
-def _whole(pictures: Sequence[np.ndarray], chance: random.Random, format: str = "mp4") -> bytes:
-    """The file, with the index in front where the format has one."""
+def _whole(pictures: Sequence[np.ndarray]) -> bytes:
+    """The file with its index in front, so that a cut one can still be read."""
     with tempfile.TemporaryDirectory() as folder:  # FFmpeg moves the index by reading the file again
-        path = Path(folder) / "clip"
-        options = {"movflags": "+faststart"} if format == "mp4" else {}
-        with av.open(str(path), "w", format=format, options=options) as container:
+        path = Path(folder) / "clip.mp4"
+        with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
             mux(container, pictures)
         return path.read_bytes()
 
 
-def _cut(pictures: Sequence[np.ndarray], chance: random.Random, format: str = "mp4") -> bytes:
-    data = _whole(pictures, chance, format)
-    return data[: int(len(data) * chance.uniform(0.6, 0.85))]
+def _cut(pictures: Sequence[np.ndarray], chance: random.Random) -> bytes:
+    return _whole(pictures)[: -chance.randint(10, 40)]
+
+
+def _halved(pictures: Sequence[np.ndarray], chance: random.Random) -> bytes:
+    data = _whole(pictures)
+    return data[: len(data) // 2]
 
 
 def _garbled(pictures: Sequence[np.ndarray], chance: random.Random) -> bytes:
-    data = _whole(pictures, chance)
-    middle = int(len(data) * chance.uniform(0.6, 0.8))
-    return data[:middle] + chance.randbytes(200) + data[middle + 200 :]
+    data = _whole(pictures)
+    place = len(data) - chance.randint(60, 90)
+    return data[:place] + chance.randbytes(30) + data[place + 30 :]
 
 
 def _without_index(pictures: Sequence[np.ndarray], chance: random.Random) -> bytes:
@@ -433,14 +439,11 @@ BREAKS: Mapping[str, Mapping[str, Break]] = {
     "damaged": {
         "empty": lambda pictures, chance: b"",
         "no index": _without_index,
+        "half": _halved,
         "web page": lambda pictures, chance: b"<html><body>403 Forbidden</body></html>\n" * chance.randint(1, 40),
         "sound only": _sound,
         "noise": lambda pictures, chance: chance.randbytes(chance.randint(2000, 20000)),
     },
-    "repairable": {
-        "cut mp4": _cut,
-        "cut flv": lambda pictures, chance: _cut(pictures, chance, "flv"),
-        "garbled": _garbled,
-    },
+    "repairable": {"cut": _cut, "garbled": _garbled},
 }
 """Fault -> variant -> what makes such a file of the pictures."""
