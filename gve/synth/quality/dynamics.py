@@ -21,7 +21,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 BLACK_LEVEL = 32.0
 """A picture is black when none of its cells is brighter, of 255."""
 HOLD_S = 0.5
-"""Shorter stretches are no holds."""
+"""Shorter stretches are no holds, nor is a single picture, however long it is shown."""
 FADE_S = 1.0
 """The longest way from one slide to the next."""
 
@@ -70,7 +70,7 @@ def holds(pictures: np.ndarray, times_s: np.ndarray, end_s: float, level: float)
         if place < len(pictures) and change(pictures[first], pictures[place]) < level:
             continue
         stop_s = float(times_s[place]) if place < len(pictures) else end_s
-        if stop_s - times_s[first] >= HOLD_S:
+        if place - first > 1 and stop_s - times_s[first] >= HOLD_S:
             found.append(Hold(float(times_s[first]), stop_s, first))
         first = place
     return found

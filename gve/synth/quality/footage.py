@@ -49,6 +49,8 @@ class Cutting:
         max_clips: clips, spread over the parts of all shots.
         min_clip_s, max_clip_s: length of a clip.
         max_clip_share: of the video's length, the most that a clip may have.
+        clip_side_px: longer side of a clip; larger videos are scaled down to it, since encoding them would take most
+            of the time. 0 keeps their size.
     """
 
     every_frame: bool = True
@@ -58,6 +60,7 @@ class Cutting:
     min_clip_s: float = 1.0
     max_clip_s: float = 10.0
     max_clip_share: float = 0.5
+    clip_side_px: int = 640
 
 
 def examine(
@@ -111,7 +114,7 @@ def examine(
         sparse, pictures, times_s if cut.every_frame else sampled.times_s, max(end_s, float(times_s[-1]) + 1e-3), level
     )
     middles, parts = plan(times_s, end_s, starts, set(sampled.indices.tolist()), cut)
-    media, frames, clips = extract(source, name, middles, parts)
+    media, frames, clips = extract(source, name, middles, parts, cut.clip_side_px)
     facts: dict[str, Any] = {"video": video, "dynamics": dynamics, "hash": signature}
     facts["shots"] = [round(float(times_s[start]), 3) for start in starts]
     facts["frames"] = [
@@ -228,7 +231,7 @@ def plan(
 
 
 def extract(
-    source: Source, name: str, middles: Sequence[int], parts: Sequence[tuple[int, int]]
+    source: Source, name: str, middles: Sequence[int], parts: Sequence[tuple[int, int]], clip_side_px: int
 ) -> tuple[bytes, list[bytes], list[bytes]]:
     """Frames as JPEG and clips as H.264 in MP4, in one decoding.
 
@@ -236,7 +239,7 @@ def extract(
         All bytes, frames first; the frames; the clips.
     """
     frames: dict[int, bytes] = {}
-    writers = [_ClipWriter() for _ in parts]
+    writers = [_ClipWriter(clip_side_px) for _ in parts]
     last = max([*middles, *(stop - 1 for _, stop in parts)], default=-1)
     if last >= 0:
         for place, frame in enumerate(play(source, name)):
@@ -272,9 +275,15 @@ def span(source: Source, name: str, *, start_s: float | None, end_s: float | Non
 
 
 class _ClipWriter:
-    """Encodes frames into an MP4 in memory, upright, with their own times; the first one is at zero."""
+    """Encodes frames into an MP4 in memory, upright, with their own times; the first one is at zero.
 
-    def __init__(self) -> None:
+    Args:
+        longest_px: larger pictures are scaled down to it; 0 keeps their size.
+    """
+
+    def __init__(self, longest_px: int = 0) -> None:
+        self._longest_px = longest_px
+        self._shape = (0, 0)  # of the frames that come
         self._file = io.BytesIO()
         self._container: av.container.OutputContainer | None = None
         self._stream: VideoStream | None = None
@@ -282,23 +291,29 @@ class _ClipWriter:
         self._last = -1
 
     def write(self, frame: VideoFrame, name: str) -> None:
-        pixels = upright(frame, name)
-        pixels = np.ascontiguousarray(pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2])
+        pixels = np.ascontiguousarray(upright(frame, name))
         if self._stream is None:
-            self._container = av.open(self._file, "w", format="mp4")
-            self._stream = self._container.add_stream("libx264", rate=25, options=X264)
-            self._stream.height, self._stream.width = pixels.shape[:2]
-            self._stream.pix_fmt = "yuv420p"
-            self._stream.codec_context.time_base = CLOCK
+            self._stream = self._open(pixels.shape[0], pixels.shape[1])
             self._begun_s = frame.time or 0.0
-        if pixels.shape[:2] != (self._stream.height, self._stream.width):
+        if pixels.shape[:2] != self._shape:
             reject(name, "undecodable", "its frame size changes")
         made = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        made = made.reformat(self._stream.width, self._stream.height, "yuv420p")
         # Without a time stamp of its own a frame follows the one before by a 25th of a second.
         at = self._last + 3600 if frame.time is None else round((frame.time - self._begun_s) / CLOCK)
         self._last = made.pts = max(at, self._last + 1)
         made.time_base = CLOCK
         self._mux(made)
+
+    def _open(self, height: int, width: int) -> VideoStream:
+        self._shape = height, width
+        scale = min(1.0, self._longest_px / max(height, width)) if self._longest_px else 1.0
+        self._container = av.open(self._file, "w", format="mp4")
+        stream = self._container.add_stream("libx264", rate=25, options=X264)
+        stream.height, stream.width = (max(2, round(side * scale) // 2 * 2) for side in (height, width))
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = CLOCK
+        return stream
 
     def _mux(self, frame: VideoFrame | None) -> None:
         assert self._stream is not None
@@ -373,15 +388,21 @@ def _remux(container: av.container.InputContainer, stream: VideoStream, name: st
 
 
 def _reencode(container: av.container.InputContainer, stream: VideoStream, name: str) -> tuple[int, str, bytes]:
-    """Frames that decode without damage; others are left out, and their time goes to the frame before."""
-    writer, count = _ClipWriter(), 0
+    """What decodes without damage; the rest is left out, and its time goes to the frame before.
+
+    After damage frames are made of damaged ones and not all of them are flagged, so nothing is taken until the next
+    key frame.
+    """
+    writer, count, sound = _ClipWriter(), 0, False
     for packet in _packets(container, stream):
         try:
             frames = packet.decode()
-        except av.FFmpegError:  # nothing is shown of a damaged packet
+        except av.FFmpegError:
+            sound = False
             continue
         for frame in frames:
-            if not frame.is_corrupt:
+            sound = not frame.is_corrupt and (sound or frame.key_frame)
+            if sound:
                 writer.write(frame, name)
                 count += 1
     return count, CLIP_SUFFIX, writer.close()

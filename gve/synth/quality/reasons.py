@@ -55,7 +55,7 @@ REASONS: Mapping[str, Reason] = {
     "caption-url": Reason("select", "caption", "an address of a page or of a mailbox", "addresses"),
     "caption-file-name": Reason("select", "caption", "a name of a file, or of a camera's making", "names"),
     "caption-advertisement": Reason("select", "caption", "phrases that sell or call to subscribe", "weight of phrases"),
-    "caption-non-descriptive": Reason("select", "caption", "no word that says what is shown", "share of such words"),
+    "caption-non-descriptive": Reason("select", "caption", "no word that says what is shown", "such words"),
     "caption-language": Reason("select", "caption", "another language than asked for", "certainty, 0 to 1"),
     "caption-too-short": Reason("select", "caption", "under min_words words", "words"),
     "black-video": Reason("select", "pictures", "black for most of the time", "share of sampled frames"),

@@ -45,6 +45,8 @@ REPAIRABLE = frozenset({"truncated", "garbled", "undecodable", "not-a-video"})
 LOST = frozenset({"timeout", "crashed", "out-of-memory"})
 """The child was lost: decord may be the cause, so PyAV alone tries the file once more."""
 SIMILARITY_DIGITS = 4
+MEASURES = 2
+"""Raised when a measure or a hash changes its meaning: a folder that was scanned before is then refused."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ScanOptions:
         languages: that captions may be in, ISO 639-1; empty takes all.
         similarity: measure how near caption and video are, by the run's encoder.
         batch: rows whose similarity is measured together.
-        timeout_s: the longest one look at a file may take.
+        timeout_s: the longest one look at a file may take; a minute of 720p takes some 20 s of a core.
     """
 
     repair: Literal["none", "remux", "reencode"] = "reencode"
@@ -81,7 +83,7 @@ class ScanOptions:
     languages: tuple[str, ...] = ("en",)
     similarity: bool = True
     batch: int = execution(64)
-    timeout_s: float = execution(120.0)
+    timeout_s: float = execution(300.0)
 
     def __post_init__(self) -> None:
         if not 0 < self.min_kept <= 1 or self.still_level <= 0:
@@ -121,8 +123,8 @@ class Scan:
 
     @property
     def fingerprint(self) -> Mapping[str, Any]:
-        """The word lists, and the encoder where one measures."""
-        own = {"phrases": phrases_hash()}
+        """The version of the measures, the word lists, and the encoder where one measures."""
+        own = {"measures": MEASURES, "phrases": phrases_hash()}
         return own | ({"encoder": self._context.encoder().fingerprint} if self._options.similarity else {})
 
     def run(self, rows: Iterable[Row]) -> Iterator[Outcome]:

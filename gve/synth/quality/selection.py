@@ -8,7 +8,7 @@ the pictures, and then what needs the other rows. Each of those looks at the row
 - duplicate and near-duplicate keep the first row of the run's order, and drop every later one that equals, or looks
   like, a row that is kept. A copy of a dropped row is therefore kept.
 
-Memory: some 450 bytes a row, 0.45 GB for a million.
+Memory: some 800 bytes a row, 0.8 GB for a million.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SelectOptions:
         rules: codes of gve.synth.quality.reasons.RULES; those that are left out turn nothing away. Their order here
             means nothing.
         min_selling: weight of selling phrases from which a caption is an advertisement; one strong phrase has 1.
-        min_telling: share of its words that say something of what is shown; under it a caption is not descriptive.
+        min_telling: words that say something of what is shown; under it a caption is not descriptive.
         min_foreign: certainty from which another language is believed.
         min_words: of a caption.
         max_black: share of black frames from which a video is black.
@@ -46,13 +46,13 @@ class SelectOptions:
         min_similarity: cosine under which caption and video are inconsistent; null takes the quantile.
         drop_share: the quantile: this share of the rows, those of least similarity, is dropped. 0 drops none.
         max_bits: differing bits a frame, of 64, up to which two videos look alike.
-        max_colour: difference of a mean colour up to which they do, in levels of 255.
+        max_colour: difference of a mean level in any of 4 x 4 cells up to which they do, of 255.
         several_captions: keep rows of one video whose captions differ; else a video stays once.
     """
 
     rules: tuple[str, ...] = RULES
     min_selling: float = 1.0
-    min_telling: float = 0.2
+    min_telling: int = 1
     min_foreign: float = 0.9
     min_words: int = 3
     max_black: float = 0.5
@@ -70,7 +70,7 @@ class SelectOptions:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.rules) - set(RULES)):
             raise InputError(f"select: no rule {unknown[0]!r}: use {', '.join(RULES)}")
-        shares = ("min_telling", "min_foreign", "max_black", "max_static", "max_slides", "min_slide_change")
+        shares = ("min_foreign", "max_black", "max_static", "max_slides", "min_slide_change")
         for name in (*shares, "max_frozen", "drop_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"select: {name} {getattr(self, name)}: use a share from 0 to 1")
@@ -126,7 +126,7 @@ ROW_RULES: Mapping[str, Callable[[Row, SelectOptions], Verdict | None]] = {
     "caption-url": _caption("urls", lambda count, options: count > 0),
     "caption-file-name": _caption("files", lambda count, options: count > 0),
     "caption-advertisement": _caption("selling", lambda weight, options: weight >= options.min_selling),
-    "caption-non-descriptive": _caption("telling", lambda share, options: share < options.min_telling),
+    "caption-non-descriptive": _caption("telling", lambda count, options: count < options.min_telling),
     "caption-language": _caption("foreign", lambda sure, options: sure > 0 and sure >= options.min_foreign),
     "caption-too-short": _caption("words", lambda count, options: count < options.min_words),
     "black-video": _pictures("black_share", lambda seen, options: seen["black_share"] > options.max_black),
@@ -150,7 +150,8 @@ class _Columns:
     caption: array[int] = field(default_factory=lambda: array("Q"))
     video: array[int] = field(default_factory=lambda: array("Q"))
     similarity: array[float] = field(default_factory=lambda: array("d"))
-    clips: list[ClipHash] = field(default_factory=list)
+    frames: array[int] = field(default_factory=lambda: array("Q"))
+    colours: bytearray = field(default_factory=bytearray)
 
     def add(self, row: Row, reason: str) -> None:
         quality = row["quality"]
@@ -158,7 +159,9 @@ class _Columns:
         self.caption.append(int(quality["text"]["key"], 16))
         self.video.append(int(quality["sha256"][:16], 16))
         self.similarity.append(np.nan if quality["similarity"] is None else quality["similarity"])
-        self.clips.append(ClipHash.from_text(quality["hash"]))
+        clip = ClipHash.from_text(quality["hash"])
+        self.frames.frombytes(clip.frames.tobytes())
+        self.colours += clip.colours.tobytes()
 
 
 class Select:
@@ -195,22 +198,24 @@ class _Found:
 
     def __init__(self, columns: _Columns, options: SelectOptions) -> None:
         self._options = options
-        self._reason = np.frombuffer(columns.reason, np.int8).copy() if columns.reason else np.zeros(0, np.int8)
+        count = len(columns.reason)
+        self._reason = np.array(columns.reason, np.int8)
         self._captions = np.array(columns.caption, np.uint64)
         self._videos = np.array(columns.video, np.uint64)
         self._similarity = np.array(columns.similarity, np.float64)
-        self._score = np.full(len(self._reason), np.nan)
-        self._kept = np.full(len(self._reason), -1, np.int64)  # the row that a duplicate repeats
+        self._frames = np.array(columns.frames, np.uint64).reshape(count, len(columns.frames) // max(count, 1))
+        self._colours = np.frombuffer(columns.colours, np.uint8).reshape(count, len(columns.colours) // max(count, 1))
+        self._score = np.full(count, np.nan)
+        self._kept = np.full(count, -1, np.int64)  # the row that a duplicate repeats
         self.threshold = np.nan
         for rule, find in (
             ("caption-repeated", self._repeated),
             ("inconsistent", self._inconsistent),
             ("duplicate", self._duplicates),
+            ("near-duplicate", self._near),
         ):
             if rule in options.rules:
                 find()
-        if "near-duplicate" in options.rules:
-            self._near(columns.clips)
         self.leaders = frozenset(self._kept[self._kept >= 0].tolist())
 
     def verdict(self, place: int, row: Row, ids: Mapping[int, str]) -> tuple[str, float | None, str]:
@@ -265,10 +270,11 @@ class _Found:
         later = leader != np.arange(len(left))
         self._turn_away(left[later], "duplicate", kept=left[leader[later]])
 
-    def _near(self, clips: list[ClipHash]) -> None:
+    def _near(self) -> None:
         left = self._left
         dropped: set[int] = set()
-        pairs = left[near_pairs([clips[place] for place in left], self._options.max_bits, self._options.max_colour)]
+        frames, colours = self._frames[left], self._colours[left]
+        pairs = left[near_pairs(frames, colours, self._options.max_bits, self._options.max_colour)]
         if self._options.several_captions:
             pairs = pairs[self._captions[pairs[:, 0]] == self._captions[pairs[:, 1]]]
         # By the later row, then by the earlier one: whether the earlier is kept is known when it is asked.
@@ -276,5 +282,5 @@ class _Found:
             if first in dropped or later in dropped:
                 continue
             dropped.add(later)
-            distance = float(bits(clips[first].frames, clips[later].frames))
+            distance = float(bits(self._frames[first], self._frames[later]))
             self._turn_away(np.array([later]), "near-duplicate", distance, first)

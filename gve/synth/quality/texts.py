@@ -33,7 +33,7 @@ FUNCTION_WORDS = 0.15
 _URL = re.compile(
     r"https?://\S+|\bwww\.\S+|\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b"
     # Without a path only endings that are no words: "the beach.In the end" is a missing blank.
-    r"|\b(?:[a-z0-9-]+\.)+(?:(?:com|org|net|io|tv|ly|biz|edu|gov|ru|cn|uk)\b(?![.-]\w)|[a-z]{2,6}/\S+)",
+    r"|\b(?:[a-z0-9-]+\.)+(?:(?:com|org|net|io|tv|ly|biz|edu|gov|ru|cn|uk)\b(?![.-]\w)|[a-z]{2,10}/\S+)",
     re.IGNORECASE,
 )
 _SUFFIXES = "mp4|m4v|mov|mkv|webm|avi|mpe?g|wmv|flv|3gp|mts|m2ts|gif|jpe?g|png|heic|srt|zip"
@@ -56,7 +56,7 @@ class TextMeasures:
         words: separated by blanks; of scripts without blanks, letters.
         urls, files: addresses, and names of files, that stand in it.
         selling: weight of phrases that sell: 1 for a strong one or a price, 0.5 for a weak one.
-        telling: share of its words that are no numbers and not on the list of words that say nothing.
+        telling: words that are no numbers and not on the list of words that say nothing of a picture.
         language: ISO 639-1 code of the most likely language; empty where it is not judged.
         foreign: certainty that it is in none of the languages asked for, 0 to 1.
         key: equal for texts that differ in case, punctuation and blanks alone.
@@ -66,7 +66,7 @@ class TextMeasures:
     urls: int
     files: int
     selling: float
-    telling: float
+    telling: int
     language: str
     foreign: float
     key: str
@@ -90,15 +90,12 @@ def measure_text(text: str, languages: Sequence[str]) -> TextMeasures:
     if not files and " " not in text and _JOINED.fullmatch(text) and ("_" in text or any(map(str.isdigit, text))):
         files = [text]
     empty = frozenset(lists["empty"])
-    telling = [word for word in words if word not in empty and (len(word) > 1 or not word.isascii())]
+    telling = sum(word not in empty and (len(word) > 1 or not word.isascii()) for word in words)
     dense = sum(_dense(char) for char in text)
     tokens = len(text.split()) + max(0, dense - 1)
     language, foreign = _language(rest, words, languages)
     selling = _selling(text, words)
-    share = len(telling) / max(len(text.split()), 1)
-    return TextMeasures(
-        tokens, len(urls), len(files), selling, round(min(share, 1.0), 4), language, foreign, text_key(text)
-    )
+    return TextMeasures(tokens, len(urls), len(files), selling, telling, language, foreign, text_key(text))
 
 
 def phrases_hash() -> str:
