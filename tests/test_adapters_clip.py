@@ -372,7 +372,8 @@ def asked(model: Chat, *items: Item) -> list[tuple[str, list[Any], dict[str, Any
 def test_chat_models_read_instructions_and_frames_as_one_message() -> None:
     frames = clip(0)
     composed = Item((Video(frames), Text("left")), instruction="Find the clip.")
-    ((task, (message,), options),) = asked(Chat("text", "image", "message"), composed)
+    # One conversation of one turn: a bare list of messages would be a single conversation.
+    ((task, ([message],), options),) = asked(Chat("text", "image", "message"), composed)
     assert (task, options) == ("query", {"prompt": "Find the clip."})
     kinds = [content["type"] for content in message["content"]]
     assert (message["role"], kinds) == ("user", ["image"] * 8 + ["text"])

@@ -192,6 +192,9 @@ class SentenceEncoder:
             for part, pieces in zip(item.parts, shown, strict=True):
                 kind = _kind(part, video)
                 content += [{"type": kind, kind: piece} for piece in pieces]
+            if "video" in kinds:  # inside a message sentence-transformers does not see the times of a clip's frames
+                grouped = {kind: [part[kind] for part in content if part["type"] == kind] for kind in kinds}
+                return [[{kind: own[0] if len(own) == 1 else own for kind, own in grouped.items()}]]
             return [[{"role": "user", "content": content}]]
         return [
             [{_kind(part, video): piece} for piece in pieces] for part, pieces in zip(item.parts, shown, strict=True)
@@ -203,9 +206,9 @@ class SentenceEncoder:
         options: dict[str, Any] = {"prompt": query[1]} if query[1] else {}
         if "video" in inputs[0]:
             options["processing_kwargs"] = {"video": {"do_sample_frames": False}}
-        vectors = call(
-            list(inputs), batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True, **options
-        )
+        # A list of messages would be one conversation, with one vector: each is a conversation of its own.
+        batch = [[single] if "role" in single else single for single in inputs]
+        vectors = call(batch, batch_size=self.batch_size, show_progress_bar=False, convert_to_tensor=True, **options)
         return _unit(vectors.float().cpu().numpy())
 
 

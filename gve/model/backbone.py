@@ -136,7 +136,9 @@ class Backbone(nn.Module):
         elif base.endswith(".json") or base in _architectures():
             raise InputError(f"base {base!r} is a configuration without weights; set from_scratch to make random ones")
         else:
-            model = load_weights(transformers.Qwen2_5_VLModel, base, options)
+            # Files of 4.52's generation class: transformers 5.23 would look for their tower in the language model.
+            names = {r"^model\.visual\.": "visual."}
+            model = load_weights(transformers.Qwen2_5_VLModel, base, {**options, "key_mapping": names})
         return cls(model, lora, gradient_checkpointing=gradient_checkpointing, feature_cache_bytes=feature_cache_bytes)
 
     @property
