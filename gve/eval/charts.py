@@ -201,6 +201,36 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, f
     return figure
 
 
+def draw_bands(panels: Mapping[str, Mapping[str, Any]], label: str = "step", across: int = 2) -> Figure:
+    """Small multiples: a mean over steps, with one standard deviation on either side as a band.
+
+    Args:
+        panels: title -> series -> (steps, means, deviations), such as gve.eval.curves.Band.
+        label: of the horizontal axis.
+        across: panels of a row.
+    """
+    across = min(across, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(3.7 * across, 2.3 * down + 0.4), layout="constrained")
+    series = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    handles: dict[str, Any] = {}
+    for number, (title, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(down, across, number)
+        for name, (steps, mean, deviation) in lines.items():
+            colour, dash, _ = colour_of(series.index(name))
+            (handles[name],) = axes.plot(steps, mean, dash, color=colour, linewidth=1.6)
+            axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.grid(color=GRID, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(FRAME)
+    figure.supxlabel(label, fontsize=9)
+    if len(series) > 1:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
 def to_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as one SVG element for a page.
 
