@@ -385,7 +385,7 @@ TEXTS: Mapping[str, Sequence[str]] = {
         "\u7ea2\u8272\u7684\u5706\u5411\u5de6\u79fb\u52a8\uff0c\u7136\u540e\u505c\u4e0b\u6765",
     ),
     "too-short": ("{shape}", "{color}", "{color} {shape}", "a {shape}"),
-    "repeated": ("stock footage of coloured shapes that move on a patterned background",),
+    "repeated": ("some coloured shapes move about on a patterned background",),
 }
 """Fault -> captions; Russian and Chinese say: a red circle hops up; a red circle moves left and stops."""
 
