@@ -44,7 +44,7 @@ def stated(claim: Claim) -> str:
         }[claim.kind]
         return what + place
     nouns = " and ".join(_named(noun) for noun in claim.form.nouns) or claim.kind
-    facts = "; ".join(f"{fact.kind} {_told(fact)}".strip() for fact in claim.form.facts)
+    facts = "; ".join(_told(fact) for fact in claim.form.facts)
     return f"{nouns}: {facts}{place}"
 
 
@@ -76,6 +76,5 @@ def _named(noun: Noun) -> str:
 def _told(fact: Fact) -> str:
     if fact.kind == "at":
         return DIALECTS["A"].at(fact.value)
-    if isinstance(fact.value, tuple):
-        return ", ".join(map(str, fact.value))
-    return "" if fact.value is None else str(fact.value)
+    value = ", ".join(map(str, fact.value)) if isinstance(fact.value, tuple) else fact.value
+    return fact.kind if value is None else f"{fact.kind} {value}"

@@ -43,7 +43,8 @@ def draw_funnel(steps: Sequence[Mapping[str, Any]]) -> Figure:
     for place, step in enumerate(steps):
         lost = step["in"] - step["out"]
         axes.barh(place, step["out"], color=BLUE, height=0.62)
-        axes.barh(place, lost, left=step["out"], color="#ffffff", edgecolor=ORANGE, hatch="////", height=0.62)
+        if lost:
+            axes.barh(place, lost, left=step["out"], color="#ffffff", edgecolor=ORANGE, hatch="////", height=0.62)
         told = f"{step['out']:,}" + (f" + {lost:,} rejected" if lost else "")
         axes.text(step["in"] + most * 0.012, place, told, va="center", fontsize=8.5)
     axes.set_xlim(0, most * 1.3)
@@ -54,7 +55,7 @@ def draw_funnel(steps: Sequence[Mapping[str, Any]]) -> Figure:
 
 def draw_shares(shares: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Share of each name with its interval, and a mark where it was asked to be."""
-    figure, axes = _axes(5.2, 0.75 + 0.34 * len(shares), list(shares))
+    figure, axes = _axes(5.2, 0.95 + 0.34 * len(shares), list(shares))
     for place, row in enumerate(shares.values()):
         low, high = row["interval"]
         axes.barh(place, row["share"], color=BLUE, alpha=0.85, height=0.56)
@@ -69,13 +70,14 @@ def draw_shares(shares: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def draw_tasks(tasks: Mapping[str, Mapping[str, int]]) -> Figure:
     """Pairs made of each task, and a mark at what was asked for."""
-    figure, axes = _axes(5.2, 0.75 + 0.34 * len(tasks), list(tasks))
+    most = max((max(row["made"], row["asked"]) for row in tasks.values()), default=1) or 1
+    figure, axes = _axes(5.2, 0.95 + 0.34 * len(tasks), list(tasks))
     for place, row in enumerate(tasks.values()):
         axes.barh(place, row["made"], color=BLUE, alpha=0.85, height=0.56)
         _mark(axes, row["asked"], place)
-        axes.text(max(row["made"], row["asked"]), place, f"  {row['made']:,}", va="center", fontsize=8.5)
+        axes.text(max(row["made"], row["asked"]) + 0.02 * most, place, f"{row['made']:,}", va="center", fontsize=8.5)
     _legend(axes)
-    axes.set_xlim(0, 1.18 * max((max(row["made"], row["asked"]) for row in tasks.values()), default=1) or 1)
+    axes.set_xlim(0, 1.15 * most)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("pairs", fontsize=9)
     return figure
@@ -87,7 +89,7 @@ def _mark(axes: Axes, value: float, place: int) -> None:
 
 def _legend(axes: Axes) -> None:
     axes.plot([], [], color=ORANGE, linewidth=2.4, label="asked for")
-    axes.legend(loc="lower right", frameon=False, fontsize=8.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=8.5, borderaxespad=0)
 
 
 def draw_lengths(styles: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -142,7 +144,7 @@ def draw_rates(rates: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure, axes = _axes(5.6, 0.65 + 0.3 * len(known), list(known))
     for place, row in enumerate(known.values()):
         axes.plot([row["low"], row["high"]], [place, place], color=ORANGE, linewidth=2, solid_capstyle="butt")
-        axes.plot([row["value"]], [place], "o", color=ORANGE, markersize=6)
+        axes.plot([row["value"]], [place], "o", color=ORANGE, markersize=6, clip_on=False)
     axes.set_xlim(0, min(1.0, 1.1 * max((row["high"] for row in known.values()), default=1.0)))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("false claims", fontsize=9)

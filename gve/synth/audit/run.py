@@ -15,7 +15,16 @@ from typing import Any, Protocol
 import gve
 from gve.items import InputError
 from gve.synth.audit.census import Census, count_tasks
-from gve.synth.audit.contamination import Benchmark, FrameIndex, Match, TextIndex, Thresholds, find_texts, hash_all
+from gve.synth.audit.contamination import (
+    Benchmark,
+    FrameIndex,
+    Match,
+    TextIndex,
+    Thresholds,
+    find_texts,
+    hash_all,
+    hash_of_scan,
+)
 from gve.synth.audit.drawn import Drawn
 from gve.synth.audit.judge import Check, Told, Verdicts, captions_of, judge
 from gve.synth.audit.notes import Notes
@@ -227,23 +236,22 @@ def _contamination(
     compared = 0
     if options.videos:
         with closing(Notes(out / FOLDER / "frames.jsonl")) as notes:
-            known: dict[str, list[str]] = {}
+            known: dict[str, str] = {}
             with progress("benchmark's videos", len(benchmark.media)) as advance:
                 theirs = ((name, partial(_same, medium)) for name, medium in benchmark.media.items())
-                for name, found in hash_all(theirs, notes, options.jobs, partial(advance, 1)):
-                    if isinstance(found, str):
-                        faults["benchmark"][found] += 1
+                for name, signature, fault in hash_all(theirs, notes, options.jobs, partial(advance, 1)):
+                    if fault:
+                        faults["benchmark"][fault] += 1
                     else:
-                        known[name] = found
+                        known[name] = signature
             index = FrameIndex(known, options.thresholds)
             with progress("run's videos", len(run.enriched)) as advance:
-                own = ((row["id"], partial(run.media.video, row["video"])) for row in run.enriched)
-                for id, found in hash_all(own, notes, options.jobs, partial(advance, 1)):
-                    if isinstance(found, str):
-                        faults["run"][found] += 1
+                for id, signature, fault in _signatures(run, notes, options.jobs, partial(advance, 1)):
+                    if fault:
+                        faults["run"][fault] += 1
                         continue
                     compared += 1
-                    if hit := index.find(found):
+                    if hit := index.find(signature):
                         matches.append(Match(id, "video", "video", hit[0], round(hit[1], 3)))
     path = options.exclude or out / FOLDER / EXCLUDE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,6 +273,16 @@ def _contamination(
         "not_decoded": {name: dict(counts) for name, counts in faults.items()},
         "matches": [match.to_dict() for match in _first_of_each(matches)][:SHOWN_FAULTS],
     }
+
+
+def _signatures(run: _Run, notes: Notes, jobs: int, advance: Callable[[], object]) -> Iterator[tuple[str, str, str]]:
+    """(id, signature, fault) of the run's videos; those that stage 1 has hashed are not decoded again."""
+    for row in run.enriched:
+        if stored := hash_of_scan(row):
+            advance()
+            yield row["id"], stored, ""
+    unknown = ((row["id"], partial(run.media.video, row["video"])) for row in run.enriched if not hash_of_scan(row))
+    yield from hash_all(unknown, notes, jobs, advance)
 
 
 def _same(medium: Any) -> Any:
