@@ -143,6 +143,17 @@ class Fault(L.Callback):
         self.strike("validation")
 
 
+class Hold(L.Callback):
+    """Stops before the fourth step, in the run folder's files `holding` and `go`: until there is a `go`."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *rest: Any) -> None:
+        folder = Path(trainer.default_root_dir)
+        if trainer.global_step == 3 and not (folder / "go").exists():
+            (folder / "holding").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.05)
+
+
 class Damage(L.Callback):
     """What a disk and a decoder do to a run, by GVE_DAMAGE, JSON.
 

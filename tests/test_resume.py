@@ -174,7 +174,9 @@ class Saves(AtomicCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def boring(folder: Path, losses: list[float], saves: Saves, every: int = 3, path: Path | None = None) -> None:
+def boring(
+    folder: Path, losses: list[float], saves: Saves, every: int = 3, path: Path | None = None, minutes: float = 0.0
+) -> None:
     trainer = L.Trainer(
         default_root_dir=folder,
         max_epochs=len(losses),
@@ -185,7 +187,7 @@ def boring(folder: Path, losses: list[float], saves: Saves, every: int = 3, path
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[saves],
-        callbacks=[RunCheckpoints(str(folder / "checkpoints"), every_n_train_steps=every)],
+        callbacks=[RunCheckpoints(str(folder / "checkpoints"), every_n_train_steps=every, every_n_minutes=minutes)],
     )
     trainer.fit(Scored(losses), ckpt_path=path, weights_only=True)
 
@@ -216,6 +218,25 @@ def test_when_and_what_is_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture
     boring(tmp_path, [0.9], Saves())
     assert step_of(folder / "last.ckpt") == step_of(folder / "best.ckpt") == 8
     assert step_of(tmp_path / "checkpoints-1" / "last.ckpt") == 40
+
+
+def test_a_save_is_due_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute passes with each look at the clock: one at each step and one at each save.
+
+    So of an epoch's eight steps (last of all before its last one), five minutes after a save the next one is due: the
+    clock is read at the start (0), at steps 1 to 5 (1 to 5: due) and at the save (6); 7 and 8 at steps 6 and 7, the
+    save before the last step.
+    """
+    minutes = iter(range(1000))
+    monkeypatch.setattr("gve.callbacks.checkpoint.time.monotonic", lambda: 60.0 * next(minutes))
+    saves = Saves()
+    boring(tmp_path, [0.5], saves, every=0, minutes=5.0)
+    assert saves.steps == [(5, 0), (7, 0), (8, 1)]
+    saves = Saves()
+    boring(tmp_path / "off", [0.5], saves, every=0, minutes=0.0)
+    assert saves.steps == [(7, 0), (8, 1)]
+    with pytest.raises(InputError, match=r"every_n_minutes=-1"):
+        RunCheckpoints(str(tmp_path), every_n_minutes=-1)
 
 
 def test_the_benchmark_chooses_no_weights(tmp_path: Path) -> None:

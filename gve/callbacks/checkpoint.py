@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -49,10 +50,10 @@ class RunCheckpoints(Checkpoint):
     """Saves the whole state of a run, and stops the run in good order when its machine is wanted back.
 
     In the folder lie `last.ckpt` (the newest state), `previous.ckpt` (the one before it, should the disk have hurt the
-    newest) and `best.ckpt` (that of the best epoch by `monitor`). `last` is saved every n steps, before the last step
-    of an epoch, and when an epoch is over: after its validation, and after the probe has weighed the next epoch. It is
-    not saved at an epoch's last step itself, from where a resume would skip validation and probe; a run that dies in
-    them repeats one step.
+    newest) and `best.ckpt` (that of the best epoch by `monitor`). `last` is saved every n steps and every m minutes (a
+    node that is lost sends no signal), before the last step of an epoch, and when an epoch is over: after its
+    validation, and after the probe has weighed the next epoch. It is not saved at an epoch's last step itself, from
+    where a resume would skip validation and probe; a run that dies in them repeats one step.
 
     SIGTERM and SIGUSR1: at the end of the step in which any rank has heard one, all ranks save and raise Preempted. In
     an epoch's last step nothing is saved (see above), in validation the epoch's end is waited for.
@@ -60,6 +61,7 @@ class RunCheckpoints(Checkpoint):
     Args:
         dirpath: the folder; linked from trainer.default_root_dir.
         every_n_train_steps: steps between two saves; 0: no more than said above.
+        every_n_minutes: longest time between two saves, by the clock of the rank that sees it first; 0: none.
         monitor: what the best checkpoint is best by; null: none is kept. A value of `uvrb/` is refused, it is the test.
         mode: whether the least or the greatest is best.
     """
@@ -68,15 +70,20 @@ class RunCheckpoints(Checkpoint):
         self,
         dirpath: str,
         every_n_train_steps: int = 200,
+        every_n_minutes: float = 15.0,
         monitor: str | None = "val/loss",
         mode: Literal["min", "max"] = "min",
     ) -> None:
         if every_n_train_steps < 0:
             raise InputError(f"checkpoint.every_n_train_steps={every_n_train_steps}: use 0 or more")
+        if not 0 <= every_n_minutes < math.inf:
+            raise InputError(f"checkpoint.every_n_minutes={every_n_minutes}: use 0 or more")
         if monitor is not None and monitor.startswith("uvrb"):
             raise InputError(f"checkpoint.monitor={monitor} would choose weights on the benchmark: use val/loss")
         self.folder = Path(dirpath)
-        self.every_n_train_steps, self.monitor, self.mode = every_n_train_steps, monitor, mode
+        self.every_n_train_steps, self.every_n_minutes = every_n_train_steps, every_n_minutes
+        self.monitor, self.mode = monitor, mode
+        self._saved_at = time.monotonic()
         self._best: float | None = None
         self._best_step = -1
         self._signals = StopSignals()
@@ -98,6 +105,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning has put its own handler of SIGTERM there meanwhile, which starts a collective wherever it is called.
         self._signals.listen()
+        self._saved_at = time.monotonic()
         if not trainer.is_global_zero:
             return
         if trainer.ckpt_path is None:
@@ -114,9 +122,10 @@ class RunCheckpoints(Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         left = int(trainer.num_training_batches) - batch_idx - 1
-        stopped_by = self._signals.agreed(trainer)
+        late = self.every_n_minutes > 0 and time.monotonic() - self._saved_at >= 60 * self.every_n_minutes
+        stopped_by, late = self._signals.agreed(trainer, late)
         due = self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0
-        if left and (stopped_by or due or left == 1):
+        if left and (stopped_by or late or due or left == 1):
             self._save(trainer)
         if stopped_by:
             self._stop(trainer, stopped_by)
@@ -127,7 +136,7 @@ class RunCheckpoints(Checkpoint):
         if improved and trainer.is_global_zero:
             _share(self.folder / "last.ckpt", self.folder / "best.ckpt")
         finished = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
-        stopped_by = self._signals.agreed(trainer)
+        stopped_by, _ = self._signals.agreed(trainer)
         if stopped_by and not finished:
             self._stop(trainer, stopped_by)
 
@@ -147,6 +156,7 @@ class RunCheckpoints(Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         new, last, previous = (self.folder / f"{name}.ckpt" for name in NEWEST_FIRST[:3])
         trainer.save_checkpoint(new, weights_only=False)
+        self._saved_at = time.monotonic()
         if trainer.is_global_zero:
             if last.exists():
                 _replace(last, previous)

@@ -52,6 +52,7 @@ class StopSignals:
         for number in SIGNALS:
             before = signal.signal(number, self._note)
             self._before.setdefault(number, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # one that came while the program started is heard now
 
     def leave(self, *, deaf: bool = False) -> None:
         """Gives the signals back; `deaf` ignores them for the rest of the process, which is about to exit."""
@@ -59,11 +60,18 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if deaf else (handler or signal.SIG_DFL))
         self._before = {}
 
-    def agreed(self, trainer: L.Trainer) -> str:
-        """Name of the signal that some rank has heard, empty if none has. A collective: every rank calls it."""
-        heard = torch.tensor(self._heard, device=trainer.strategy.root_device)
-        number = int(trainer.strategy.reduce(heard, reduce_op="max"))
-        return signal.Signals(number).name if number else ""
+    def agreed(self, trainer: L.Trainer, due: bool = False) -> tuple[str, bool]:
+        """What holds on any rank. A collective: every rank calls it.
+
+        Args:
+            due: something that ranks may see differently, such as the time.
+
+        Returns:
+            (name of the signal that was heard, empty if none was; due).
+        """
+        mine = torch.tensor([self._heard, int(due)], device=trainer.strategy.root_device)
+        number, any_due = trainer.strategy.reduce(mine, reduce_op="max").tolist()
+        return signal.Signals(number).name if number else "", bool(any_due)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._heard = number

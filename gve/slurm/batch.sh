@@ -22,7 +22,7 @@ if [ "$restart" -gt "$max_restarts" ]; then
   exit 85
 fi
 mkdir -p "$logs" || exit 1
-say "attempt $restart of job $job on $SLURM_JOB_NODELIST; logs in $logs"
+say "attempt $restart of job $job on $SLURM_JOB_NODELIST, rendezvous $MASTER_ADDR:$MASTER_PORT; logs in $logs"
 
 # A trap runs only while bash waits, and children do not inherit it. SIGTERM comes at a time limit, a preemption, a
 # requeue and a cancellation, to the tasks too: they save, and their exit code is waited for.
@@ -49,17 +49,25 @@ case $code in
     ;;
 esac
 
-# The shell requeues and not rank 0: here all ranks have ended, so none is killed at its save, and the tasks may run where
-# there is no scontrol. A job that is no longer running was cancelled, or SLURM itself requeues it: hands off, as a requeue
-# would bring a cancelled job back. Only one that ran out of time is the script's to requeue then.
-about=$(scontrol -o show job "$job")
+# The shell requeues and not rank 0: here all ranks have ended, so none is killed at its save, and the tasks may run
+# where there is no scontrol. A job that is no longer running was cancelled, or SLURM itself requeues it: hands off, as a
+# requeue would bring a cancelled job back. Only one that ran out of time is the script's to requeue then.
+trap '' TERM # scontrol inherits this: SLURM may still be at signalling all that the shell has started
+controller() { # the controller may be busy: up to a minute
+  for pause in 1 4 15 40 0; do
+    scontrol "$@" && return
+    sleep "$pause"
+  done
+  return 1
+}
+about=$(controller -o show job "$job")
 [[ $about =~ JobState=([A-Z_]+) ]] && now=${BASH_REMATCH[1]}
 [[ $about =~ Reason=([^ ]+) ]] && reason=${BASH_REMATCH[1]}
 if [ "${now:-}" != RUNNING ] && [ "${reason:-}" != TimeLimit ]; then
   say "stopped (exit code $code); the job is ${now:-gone}: SLURM requeues it, or it was cancelled"
 elif [ "$restart" -ge "$max_restarts" ]; then
   say "stopped (exit code $code) and started again $restart times already: submit it again to go on"
-elif scontrol requeue "$job"; then
+elif controller requeue "$job"; then
   say "stopped (exit code $code), requeued"
 else
   say "stopped (exit code $code), but the cluster refused to requeue: submit it again to go on"

@@ -39,11 +39,12 @@ def main(argv: Sequence[str]) -> int:
     arguments, words = _parser().parse_known_args(argv)
     words = [word for word in words if word != "--"]
     site = read_site(arguments.site)
-    job, frozen = _job(arguments, words)
+    job = _job(arguments, words)
     script = render(job, site, ["gve", "slurm", *argv])
     if arguments.dry_run:
         print(script, end="")
         return 0
+    frozen = _frozen(job)
     if finished(job, frozen):
         print(f"{job.folder}: done already; remove {job.state}/done* to do it again", file=sys.stderr)
         return 0
@@ -130,8 +131,8 @@ def _add_options(options: argparse.ArgumentParser, kind: str) -> None:
     form.add_argument("--json", action="store_true", help="print the job's number and places as JSON")
 
 
-def _job(arguments: argparse.Namespace, words: list[str]) -> tuple[Job, str]:
-    """The record, and the resolved configuration of a fit or validate as YAML."""
+def _job(arguments: argparse.Namespace, words: list[str]) -> Job:
+    """The record of what was asked for."""
     common: dict[str, Any] = {
         "kind": arguments.kind,
         "words": tuple(words),
@@ -153,19 +154,18 @@ def _job(arguments: argparse.Namespace, words: list[str]) -> tuple[Job, str]:
     common |= {"array": arguments.array, "throttle": arguments.throttle} if "array" in arguments else {}
     common |= {"nodes": arguments.nodes} if "nodes" in arguments else {}
     accelerator = "cpu" if arguments.cpu else "gpu"
-    return Job(folder=arguments.run, devices=arguments.devices, accelerator=accelerator, **common), ""
+    return Job(folder=arguments.run, devices=arguments.devices, accelerator=accelerator, **common)
 
 
-def _trainer_job(arguments: argparse.Namespace, common: dict[str, Any]) -> tuple[Job, str]:
+def _trainer_job(arguments: argparse.Namespace, common: dict[str, Any]) -> Job:
     from gve.lightning_cli import resolve
 
     if not arguments.config:
         raise InputError(f"gve slurm {arguments.kind}: give a recipe by --config")
     folder = arguments.run or f"runs/{Path(arguments.config[-1]).stem}"
     common |= {"configs": tuple(arguments.config), "folder": folder}
-    given = Job(**common)  # refuses words that the job sets itself
-    words = [arguments.kind, *(word for path in given.configs for word in ("--config", path)), *given.words]
-    trainer = resolve(words)[0].trainer
+    # The record first: it refuses words that the job sets itself.
+    trainer = resolve(_words(Job(**common)))[0].trainer
     nodes, devices = arguments.nodes or trainer.num_nodes, arguments.devices or trainer.devices
     if not isinstance(devices, int) and not str(devices).isdigit():
         raise InputError(f"trainer.devices={devices}: how many devices a node gives must be known, by --devices")
@@ -173,5 +173,18 @@ def _trainer_job(arguments: argparse.Namespace, common: dict[str, Any]) -> tuple
     if not strategy and trainer.strategy == "auto" and nodes * int(devices) > 1:
         strategy = "ddp"
     accelerator = "cpu" if trainer.accelerator == "cpu" else "gpu"
-    job = Job(**common, nodes=nodes, devices=int(devices), strategy=strategy, accelerator=accelerator)
-    return job, resolve([*words, *job.own_words])[1]
+    return Job(**common, nodes=nodes, devices=int(devices), strategy=strategy, accelerator=accelerator)
+
+
+def _words(job: Job) -> list[str]:
+    """The words of a fit or validate as they were given."""
+    return [job.kind, *(word for path in job.configs for word in ("--config", path)), *job.words]
+
+
+def _frozen(job: Job) -> str:
+    """The resolved configuration of a fit or validate, YAML; empty for other jobs."""
+    if not KINDS[job.kind].trainer:
+        return ""
+    from gve.lightning_cli import resolve
+
+    return resolve([*_words(job), *job.own_words])[1]

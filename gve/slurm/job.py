@@ -96,6 +96,7 @@ class Job:
     throttle: int = 0
 
     def __post_init__(self) -> None:
+        kind = self._kind
         for name, least in (("nodes", 1), ("devices", 1), ("cpus_per_task", 1), ("signal_lead_s", 0)):
             _at_least(name, getattr(self, name), least)
         for name in ("max_restarts", "array", "throttle"):
@@ -108,13 +109,13 @@ class Job:
             raise InputError(f"--run {self.folder!r}: a folder without spaces or quotes, as it names the job")
         if seconds_of(self.time) <= self.signal_lead_s:
             raise InputError(f"--time {self.time} is not longer than the {self.signal_lead_s} s of --signal-lead")
-        if self.array and self._kind.ranks and not self._kind.driver:
+        if self.array and kind.ranks and not kind.driver:
             raise InputError(f"--array: {self.kind} is one run; sweep and synth share their work")
-        if self.nodes > 1 and not self._kind.ranks:
+        if self.nodes > 1 and not kind.ranks:
             raise InputError(f"--nodes {self.nodes}: {self.kind} shares its work by --array, each task on one node")
         for word in self.words:
             option = word.split("=")[0].removeprefix("--")
-            if word.startswith("--") and option in _OWNED and not self._kind.driver:
+            if word.startswith("--") and option in _OWNED and not kind.driver:
                 raise InputError(f"--{option} is set by {_OWNED[option]}, which also asks SLURM for it")
 
     @property
@@ -159,12 +160,13 @@ class Job:
     def digest(self, frozen: str = "") -> str:
         """What the job does, in 16 digits: a finished one is done again only where this has changed.
 
-        Time, partition and size of the job are no part of it.
+        Time, partition and the like are no part of it.
 
         Args:
             frozen: its resolved configuration.
         """
-        work = "\0".join((self.kind, self.folder, *self.configs, *self.words, frozen))
+        share = f"{self.array} tasks"
+        work = "\0".join((self.kind, self.folder, share, *self.configs, *self.words, frozen))
         return hashlib.sha256(work.encode()).hexdigest()[:16]
 
     @property
