@@ -34,9 +34,11 @@ COMMANDS = {
     "synth": ("gve.synth_cli", "V-SynFlow, in the making (no quality stage and no audit yet): run, status"),
     "sweep": ("gve.sweep.cli", "many runs from one file, here or as a SLURM array: run, status, collect"),
     "embed": ("gve.search_cli.embed", "texts, pictures, videos and mixes of them to vectors in one file"),
-    "index": ("gve.search_cli.index", "folders of videos to an index of their moments; run again, it takes what is new"),
+    "index": (
+        "gve.search_cli.index",
+        "folders of videos to an index of their moments; run again, it takes what is new",
+    ),
     "search": ("gve.search_cli.search", "moments of indexed videos by text, picture, clip or a mix, with times"),
-    "sweep": ("gve.sweep.cli", "many runs from one file, here or as a SLURM array: run, status, collect"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
     "export": ("gve.export.cli", "a trained model for transformers, sentence-transformers and vLLM, with a proof"),
     "slurm": ("gve.slurm.cli", "fit, validate, uvrb, sweep or synth as a job of a SLURM cluster"),

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -327,7 +327,7 @@ def _judge(arguments: argparse.Namespace) -> Any:
     return make_captioner(section, JUDGES, "judge")
 
 
-def _print_audit(report: dict[str, Any], page: Path) -> None:
+def _print_audit(report: Mapping[str, Any], page: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     census = report["census"]
     print(f"{census['videos']:,} videos, {census['captions']:,} captions by {report['captioner'] or 'nobody named'}")

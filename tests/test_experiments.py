@@ -152,7 +152,7 @@ def test_commands_of_readmes_and_headers_parse(capsys: pytest.CaptureFixture[str
     """Each `gve sweep` line of a README or a header names a sweep that is there, with options that exist."""
     lines = []
     for path in [one for folder in SWEEPS for one in (folder, folder.parent / "README.md")]:
-        lines += re.findall(r"gve sweep ((?:run|status|collect) experiments/[^`;\n]*)", path.read_text())
+        lines += re.findall(r"gve sweep ((?:run|status|collect|compare) experiments/[^`;\n]*)", path.read_text())
     assert len(lines) > 2 * len(SWEEPS)
     for line in lines:
         words = re.sub(r"\(.*", "", line).replace('"', "").split()

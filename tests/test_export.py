@@ -25,7 +25,7 @@ from gve.export.card import CardOptions, front_matter
 from gve.export.weights import hub_config, write_weights
 from gve.inputs import InputPolicy
 from gve.items import InputError, Item
-from gve.model.adapters import merged_weights
+from gve.model.adapters import WEIGHTS, merged_weights, read_peft, to_peft
 from gve.model.backbone import Backbone, Lora
 from gve.toy.base import EMBEDDED
 from gve.video import Sampling
@@ -448,6 +448,29 @@ def test_adapters_in_the_format_of_peft(
     assert gve("export", out, tmp_path / "merged", "--no-check", "--dtype", "float32") == 0
     vectors = load_encoder(str(tmp_path / "merged"), inputs=POLICY).encode(list(items.values())).vectors
     assert difference(vectors, reference) < 1e-9
+
+
+def test_adapters_on_the_tower_are_merged_and_read_too(tmp_path: Path) -> None:
+    base = write_tiny_base(tmp_path / "base")
+    backbone = trained(base, Lora(rank=2, targets=("q_proj", "v_proj"), tower=True))
+    settings, tensors = to_peft(backbone.lora or Lora(), backbone.trainable_state(), base)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    lora, state, named = read_peft(tmp_path)
+    again = Backbone.from_pretrained(named, lora=lora)
+    again.load_trainable_state(state)
+    import peft
+
+    stock = transformers.AutoModel.from_pretrained(base, dtype=torch.float32)
+    theirs = dict(peft.PeftModel.from_pretrained(stock, tmp_path).merge_and_unload().named_parameters())
+    for name, value in merged_weights(again.model):
+        torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=0)
+    assert {name.split(".")[0] for name in tensors} == {"base_model"}
+    tower = [name for name in tensors if "visual" in name]
+    assert len(tower) == 2 * 5 * 2  # two blocks of five layers, A and B each
+    save_file({**tensors, "base_model.model.visual.merger.mlp.0.lora_A.weight": torch.ones(2, 8)}, tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match="merger"):
+        read_peft(tmp_path)
 
 
 class Bomb:

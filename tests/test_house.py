@@ -38,7 +38,6 @@ TABLE = {
     "search": {"items", "video", "encode", "eval"},
     "search_cli": {"items", "video", "encode", "search"},
     "export": {"items", "video", "inputs", "model", "encode", "eval"},
-    "sweep": {"items", "eval", "callbacks", "lightning_cli", "synth_cli"},
     "cli": {"items"},
     "__main__": {"cli"},
 }

@@ -29,6 +29,7 @@ from gve.sweep.crew import STOPPED, Child, Crew, Outcome, Site, read_state
 from gve.sweep.paired import adjusted, compare, mean_interval, paired_effect, scores_of
 from gve.sweep.plan import Sweep, machine_values, merged, read_sweep, share
 from gve.sweep.scaling import log_fit
+from gve.sweep.tables import against, arm_lines, comparison_lines
 
 FAKE = """
 import json, os, pathlib, sys, time
@@ -53,7 +54,9 @@ def write_file(folder: Path, cells: Mapping[str, Any], **head: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "base.yaml").write_text("# a comment\nmodel: {base: x, temperature: 0.1}\ntrainer: part.yaml\n")
     (folder / "part.yaml").write_text("max_epochs: 2\n")
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({"configs": ["base.yaml"], **head, "cells": dict(cells)}))
+    (folder / "sweep.yaml").write_text(
+        yaml.safe_dump({"configs": ["base.yaml"], **head, "cells": dict(cells)}, sort_keys=False)
+    )
     return folder / "sweep.yaml"
 
 
@@ -233,7 +236,7 @@ def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path) -> None:
             time.sleep(0.02)
         crew.stop()
 
-    threading.Thread(target=stop).start()
+    threading.Thread(target=stop, daemon=True).start()
     outcome = crew.work(sweep.runs())
     assert (outcome.stopped, outcome.code) == ([sweep.runs()[0].id], STOPPED)
     assert order(tmp_path / "out", sweep) == ["fit slow"]
@@ -267,7 +270,7 @@ def swept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     (folder / "less.yaml").write_text("data: {steps_per_epoch: 2}\ntrainer: {max_epochs: 1}\n")
     cells = {"plain": {"x": 100}, "broken": {"set": {"data": {"root": "/nowhere"}}}}
     head = {"configs": ["tiny.yaml", "less.yaml"], "seeds": [3], "set": {"uvrb": {"untrained": False}}}
-    (folder / "sweep.yaml").write_text(yaml.safe_dump({**head, "cells": cells}))
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({**head, "cells": cells}, sort_keys=False))
     sweep = read_sweep(folder / "sweep.yaml")
     outcome = Crew(Site(folder / "out"), spawn=spawn, say=lambda line: None).work(sweep.runs())
     assert [len(outcome.done), len(outcome.failed)] == [1, 1], outcome
@@ -276,7 +279,8 @@ def swept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 def spawn(words: list[str], log: Path, environment: Mapping[str, str]) -> Child:
     """`gve <words>` as the sweep starts it, but forked from a process that has the imports behind it."""
-    (process,) = processes.start(words, log.with_suffix(""))
+    log.symlink_to(f"{log.name}.0")  # it names logs by rank
+    (process,) = processes.start(words, log)
     process.poll = lambda: process.exitcode  # type: ignore[attr-defined]
     return process  # type: ignore[return-value]
 
@@ -486,6 +490,9 @@ def test_pairing_removes_what_the_seeds_share() -> None:
     assert effect.p < 0.001
     assert stats.ttest_ind(list(scores["gve"].values()), list(scores["uniform"].values())).pvalue > 0.5
     assert adjusted({"a": effect, "b": dataclasses.replace(effect, p=0.04)})["b"] == pytest.approx(0.04)
+    lines = comparison_lines(rows, against(rows, "uniform"), [["AVG-A"]])
+    assert lines[2:] == ["| gve - uniform | AVG-A | +0.010 | +0.008 to +0.012 | 0.000 | 0.003 | higher |"]
+    assert arm_lines(rows, ["AVG-A", "CMP"])[2].startswith("| uniform | 5 | 0.200<br>0.102 to 0.298 | - |")
     with pytest.raises(InputError, match="no done run of gve_s"):
         compare(scores, "gve_s", "uniform")
     rows[1].facts["protocol"] = "another"

@@ -63,6 +63,7 @@ class Sizes:
         batch: pairs of a step.
         test_scale: share of the test sets' sizes; below 1 the scores are for tests of code only.
         seeds: of training.
+        judged: captions of the audit's sample.
     """
 
     clips: int = 800
@@ -70,6 +71,7 @@ class Sizes:
     batch: int = 32
     test_scale: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2)
+    judged: int = 200
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,11 @@ class Experiment:
         config = folder / "synth.yaml"
         folder.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(configuration(condition, self.pile), sort_keys=False))
-        run(["synth", "run", "--config", config, "--out", folder / "synth"], folder / "synth.log")
+        out = folder / "synth"
+        run(["synth", "run", "--config", config, "--out", out], folder / "synth.log")
+        if condition != WEAK and not (out / "audit" / "audit.json").is_file():
+            judge = ["--judge", "oracle", f"truth={self.pile / 'scenes.jsonl'}", "--sample", self.sizes.judged]
+            run(["synth", "audit", out, *judge, "--texts-only"], folder / "audit.log")
 
     def cell(self, condition: str, seed: int) -> None:
         """Trains and evaluates one cell, or leaves a whole one as it is.
@@ -203,17 +209,45 @@ class Experiment:
             },
         }
 
-    def false_claims(self, condition: str) -> tuple[int, int, int]:
-        """Of the training pairs' texts: claims that the checker finds false, those that it can judge, and pairs."""
+    def claims(self, condition: str, step: str) -> tuple[int, int, int]:
+        """What the checker says of the texts that a step made: false claims, those that it can judge, and texts.
+
+        Args:
+            step: "enrich" for all captions, "extend" for those of the training pairs.
+        """
         scenes = Truth.read(self.pile / "scenes.jsonl")
         texts, clips = [], []
-        for outcome in StepFolder(self.out / name_of(condition) / "synth", "extend").outcomes():
-            for pair in outcome.rows:
-                texts.append(pair["query"][0]["text"])
-                clips.append(scenes.of(Video(Path(pair["target"][0]["video"]["file"]))))
+        for outcome in StepFolder(self.out / name_of(condition) / "synth", step).outcomes():
+            for row in outcome.rows:
+                video = row["video"] if step == "enrich" else row["target"][0]["video"]
+                told = row["enrichment"]["captions"] if step == "enrich" else row["query"]
+                texts += [text["text"] for text in told]
+                clips += [scenes.of(Video(Path(video["file"])))] * len(told)
         shares = claim_shares(texts, clips).shares.values()
         made = sum(share.made for share in shares)
         return made - sum(share.true for share in shares), made, len(texts)
+
+    def audited(self, condition: str) -> str:
+        """The audit's rate of false claims, with its interval."""
+        path = self.out / name_of(condition) / "synth" / "audit" / "audit.json"
+        if not path.is_file():
+            return "-"
+        found = json.loads(path.read_text())["judge"]["all"]
+        return f"{found['value']:.1%} [{found['low']:.1%}, {found['high']:.1%}]"
+
+    def audit_table(self) -> str:
+        """Markdown: the dose, what the checker finds in all captions, and what the audit's sample says."""
+        lines = [
+            "| captions | false, of all captions | audit's sample | false, of the training pairs |",
+            "|---|---:|---:|---:|",
+        ]
+        for condition in self.conditions:
+            shares = []
+            for step in ("enrich", "extend"):
+                false, made, _ = self.claims(condition, step)
+                shares.append(f"{false / made:.1%} of {made}")
+            lines.append(f"| {condition} | {shares[0]} | {self.audited(condition)} | {shares[1]} |")
+        return "\n".join(lines) + "\n"
 
     def work(self, jobs: int) -> list[str]:
         """Everything that is not whole yet; returns what failed, which does not stop the rest."""
@@ -239,7 +273,7 @@ class Experiment:
 
     def write_results(self, path: Path) -> None:
         """results.csv: a row for each cell and ability; a cell that is not whole has no score."""
-        facts = {condition: self.false_claims(condition) for condition in self.conditions}
+        facts = {condition: self.claims(condition, "extend") for condition in self.conditions}
         with open(path, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow("condition seed ability score pairs claims false_claims steps fit_s validate_s".split())  # noqa: SIM905
@@ -261,17 +295,15 @@ class Experiment:
             for condition in self.conditions
         }
         lines = [
-            "| captions | false claims | ability | score | by seed | minus 0%, interval over queries | over seeds |",
-            "|---|---:|---|---:|---:|---:|---:|",
+            "| captions | ability | score | by seed | minus 0%, interval over queries | over seeds |",
+            "|---|---|---:|---:|---:|---:|",
         ]
         first = runs.get(CONDITIONS[0], [])
         for condition, own in runs.items():
-            false, made, _ = self.false_claims(condition)
             for ability in ABILITIES:
                 by_seed = [ability_score(one, ability) for one in own]
                 cells = [
                     condition,
-                    f"{false / made:.1%}",
                     ability,
                     "{:.3f} [{:.3f}, {:.3f}]".format(*mean(own, ability)),
                 ]
@@ -335,8 +367,9 @@ def main() -> int:
     if failed:
         print("\n".join(failed), file=sys.stderr)
         return 1
-    (arguments.write / "table.md").write_text(experiment.table())
-    print(experiment.table())
+    text = f"{experiment.audit_table()}\n{experiment.table()}"
+    (arguments.write / "table.md").write_text(text)
+    print(text)
     return 0
 
 

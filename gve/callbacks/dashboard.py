@@ -89,7 +89,7 @@ class Dashboard(L.Callback):
                 restart = Event(step=trainer.global_step + 1, session_log=SessionLog(status=SessionLog.START))
                 writer.add_event(restart)
             logger.experiment.add_custom_scalars(LAYOUT)
-            for part in hyperparameters(logger.hparams):
+            for part in hyperparameters(dict(logger.hparams)):
                 writer.add_summary(part)
 
     def on_before_optimizer_step(

@@ -191,7 +191,7 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, f
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=8)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.2f}"))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.grid(color=GRID, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(FRAME)

@@ -197,7 +197,7 @@ class _PlainTransformers:
     def _processed(self, prompt: str, item: Item) -> dict[str, torch.Tensor]:
         """By the folder's own processors; frames are decoded already, so their metadata say which they are."""
         images = [part.source for part in item.media if isinstance(part, Image)]
-        clips = [part.source for part in item.media if isinstance(part, Video)]
+        clips = [part.source for part in item.media if isinstance(part, Video) and isinstance(part.source, Frames)]
         options: dict[str, Any] = {"images": images} if images else {}
         if clips:
             options["videos"] = [torch.from_numpy(clip.pixels).permute(0, 3, 1, 2) for clip in clips]
@@ -230,7 +230,7 @@ class _PlainTransformers:
             prompt = pieces[0] + "".join(
                 holder * count + piece for count, piece in zip(counts, pieces[1:], strict=True)
             )
-        clips = [part.source for part in item.media if isinstance(part, Video)]
+        clips = [part.source for part in item.media if isinstance(part, Video) and isinstance(part.source, Frames)]
         if clips:
             seconds = [geometry.temporal_patch / clip.sampled_fps for clip in clips]
             inputs["second_per_grid_ts"] = torch.tensor(seconds)

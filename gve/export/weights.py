@@ -84,7 +84,7 @@ def write_weights(backbone: Backbone, base: str, dtype: torch.dtype, folder: Pat
         size += length
         total += length
     flush()
-    digest, where = hashlib.sha256(), {}
+    digest, where = hashlib.sha256(), dict[str, str]()
     for number, (path, names) in enumerate(files, 1):
         final = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         _publish(path, folder / final)

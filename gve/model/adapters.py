@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gve.items import InputError
-from gve.model.backbone import Lora
+from gve.model.backbone import TOWER_TARGETS, Lora
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # The language model's layers as PEFT names them under: Qwen2_5_VLModel, and the generation class, of transformers 4.52
@@ -28,6 +28,9 @@ SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?"
     r"(layers\.\d+\.(?:self_attn|mlp)\.(\w+_proj))\.(lora_[AB])(?:\.default)?\.weight"
+)
+_TOWER_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.)?(visual\.blocks\.\d+\.(?:attn|mlp)\.\w+)\.(lora_[AB])(?:\.default)?\.weight"
 )
 _UNSUPPORTED = (
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"),
@@ -58,11 +61,11 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if layer is None:
             yield name, value.detach()
             continue
-        value = value.detach()
+        merged = value.detach()
         if own == "weight":
             for adapter in layer.active_adapters:
-                value = value.float() + layer.get_delta_weight(adapter).float()
-        yield f"{owner.removesuffix('.base_layer')}.{own}", value
+                merged = merged.float() + layer.get_delta_weight(adapter).float()
+        yield f"{owner.removesuffix('.base_layer')}.{own}", merged
 
 
 def to_peft(lora: Lora, state: Mapping[str, torch.Tensor], base: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -76,7 +79,9 @@ def to_peft(lora: Lora, state: Mapping[str, torch.Tensor], base: str) -> tuple[d
     Returns:
         The content of adapter_config.json, and of adapter_model.safetensors.
     """
-    targets = "|".join(sorted(lora.targets))
+    pattern = rf"language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(sorted(lora.targets))})"
+    if lora.tower:
+        pattern = rf"({pattern}|visual\.blocks\.\d+\.({'|'.join(map(re.escape, TOWER_TARGETS))}))"
     settings = {
         "peft_type": "LORA",
         "task_type": "FEATURE_EXTRACTION",
@@ -90,7 +95,7 @@ def to_peft(lora: Lora, state: Mapping[str, torch.Tensor], base: str) -> tuple[d
         "lora_dropout": lora.dropout,
         "bias": "none",
         # A pattern, not names: bare names would also hit the tower's MLPs.
-        "target_modules": rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({targets})",
+        "target_modules": f".*{pattern}",
         "inference_mode": True,
     }
     tensors = {
@@ -101,7 +106,7 @@ def to_peft(lora: Lora, state: Mapping[str, torch.Tensor], base: str) -> tuple[d
 
 
 def read_peft(folder: Path) -> tuple[Lora, dict[str, torch.Tensor], str]:
-    """An adapter folder of PEFT, trained by any program on the language model of a Qwen2.5-VL.
+    """An adapter folder of PEFT, trained by any program on a Qwen2.5-VL.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
@@ -110,7 +115,7 @@ def read_peft(folder: Path) -> tuple[Lora, dict[str, torch.Tensor], str]:
         Settings, weights as `Backbone.load_trainable_state` takes them, and the base it names.
 
     Raises:
-        InputError: it cannot be read, is no plain LoRA, or adapts anything but the language model's layers.
+        InputError: it cannot be read, is no plain LoRA, or adapts other layers than `Lora` can.
     """
     path = folder / SETTINGS
     try:
@@ -129,18 +134,24 @@ def read_peft(folder: Path) -> tuple[Lora, dict[str, torch.Tensor], str]:
         raise InputError(f"{folder} has no {WEIGHTS} (pickled weights are not loaded)") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / WEIGHTS} cannot be read: {error}") from None
-    state, targets = {}, set()
+    state, targets, tower = {}, set(), False
     for key, value in tensors.items():
+        if (match := _TOWER_KEY.fullmatch(key)) is not None:
+            tower = True
+            state[f"model.{match[1]}.{match[2]}.default.weight"] = value.float()
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise InputError(
-                f"{folder / WEIGHTS} holds {key!r}, which is no LoRA weight of the language model's layers: "
-                "nothing else is adapted here, so merge it with peft first"
+                f"{folder / WEIGHTS} holds {key!r}, which is no LoRA weight of the language model's layers or "
+                "of the tower's blocks: nothing else is adapted here, so merge it with peft first"
             )
         targets.add(match[2])
         state[f"model.language_model.{match[1]}.{match[3]}.default.weight"] = value.float()
     try:
-        lora = Lora(rank=settings["r"], alpha=settings["lora_alpha"], dropout=0.0, targets=tuple(sorted(targets)))
+        lora = Lora(
+            rank=settings["r"], alpha=settings["lora_alpha"], dropout=0.0, targets=tuple(sorted(targets)), tower=tower
+        )
     except KeyError as error:
         raise InputError(f"{path} lacks {error}") from None
     return lora, state, settings.get("base_model_name_or_path") or ""

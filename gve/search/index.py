@@ -41,6 +41,23 @@ _FILE_COLUMNS = {
 FILTERS = ("file", "start_s", "end_s", "size_bytes", "duration_s", "width", "height", "fps", "codec", "sha256")
 """Columns that a filter may name; `file` is the printable path."""
 
+
+def _clips_schema(dim: int) -> pa.Schema:
+    """Columns of `clips`: a window and its file."""
+    return pa.schema(
+        [
+            ("file_id", pa.string()),
+            ("window", pa.int32()),
+            ("start_s", pa.float64()),
+            ("end_s", pa.float64()),
+            ("vector", pa.list_(pa.float32(), dim)),
+            ("path", pa.binary()),
+            ("file", pa.string()),
+            *_FILE_COLUMNS.items(),
+        ]
+    )
+
+
 _REJECTED = pa.schema(
     [
         ("file_id", pa.string()),
@@ -185,18 +202,7 @@ class Index:
             if strangers:
                 raise InputError(f"{uri} is no index and holds {strangers[0]!r}: give an empty or a new folder")
         database = _connect(uri)
-        vector = pa.list_(pa.float32(), record.dim)
-        columns = [
-            ("file_id", pa.string()),
-            ("window", pa.int32()),
-            ("start_s", pa.float64()),
-            ("end_s", pa.float64()),
-            ("vector", vector),
-            ("path", pa.binary()),
-            ("file", pa.string()),
-            *_FILE_COLUMNS.items(),
-        ]
-        schema = pa.schema(columns, metadata={_KEY: record.to_json().encode()})
+        schema = _clips_schema(record.dim).with_metadata({_KEY: record.to_json().encode()})
         rejected = database.create_table("rejected", schema=_REJECTED, mode="overwrite")
         return cls(uri, record, database.create_table("clips", schema=schema, mode="overwrite"), rejected)
 
@@ -258,7 +264,7 @@ class Index:
                 raise InputError(
                     f"{own.file.name}: vectors {own.vectors.shape} do not fit the index, or are not finite"
                 )
-        rows = pa.concat_tables([self._rows(own) for own in clips])
+        rows = self._rows(clips)
         # Ids are hex digits: nothing of a name ever reaches the language of conditions.
         replaced = _any_of("file_id", [own.file.file_id for own in clips])
         (
@@ -329,9 +335,9 @@ class Index:
         cells = partitions or max(1, round(count**0.5))
         if count < cells or not count:
             raise InputError(f"{count} windows cannot fill {cells} partitions: search exactly, or index more first")
-        self._clips.create_index(
-            metric="dot", vector_column_name="vector", index_type="IVF_FLAT", num_partitions=cells, replace=True
-        )
+        from lancedb.index import IvfFlat
+
+        self._clips.create_index("vector", config=IvfFlat(distance_type="dot", num_partitions=cells), replace=True)
 
     def search(
         self, vector: np.ndarray, k: int = 10, *, where: str = "", nprobes: int | None = None, merge: bool = True
@@ -378,23 +384,26 @@ class Index:
                 f"filter {where!r} cannot be used ({_first_line(error)}); columns: {', '.join(FILTERS)}"
             ) from None
 
-    def _rows(self, clips: Clips) -> pa.Table:
-        count = len(clips.spans)
-        file = clips.file
-        values = np.ascontiguousarray(clips.vectors, np.float32).ravel()
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(values), self.record.dim)
-        starts, ends = zip(*clips.spans, strict=True)
-        columns = {
-            "file_id": [file.file_id] * count,
-            "window": pa.array(range(count), pa.int32()),
-            "start_s": pa.array(starts, pa.float64()),
-            "end_s": pa.array(ends, pa.float64()),
-            "vector": vectors,
-            "path": pa.array([file.path] * count, pa.binary()),
-            "file": [file.name] * count,
-            **{name: pa.array([getattr(file, name)] * count, kind) for name, kind in _FILE_COLUMNS.items()},
+    def _rows(self, clips: Sequence[Clips]) -> pa.Table:
+        """One table of all windows, in one piece: LanceDB merges each piece by itself."""
+        counts = [len(own.spans) for own in clips]
+
+        def repeated(values: Iterable[Any]) -> list[Any]:
+            return [value for value, count in zip(values, counts, strict=True) for _ in range(count)]
+
+        spans = [span for own in clips for span in own.spans]
+        values = np.concatenate([np.asarray(own.vectors, np.float32) for own in clips]).ravel()
+        columns: dict[str, Any] = {
+            "file_id": repeated(own.file.file_id for own in clips),
+            "window": [number for count in counts for number in range(count)],
+            "start_s": [start for start, _ in spans],
+            "end_s": [end for _, end in spans],
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(values), self.record.dim),
+            "path": repeated(own.file.path for own in clips),
+            "file": repeated(own.file.name for own in clips),
+            **{name: repeated(getattr(own.file, name) for own in clips) for name in _FILE_COLUMNS},
         }
-        return pa.table(columns).cast(self._clips.schema.remove_metadata())
+        return pa.table(columns, schema=_clips_schema(self.record.dim))
 
 
 def local(uri: str) -> bool:

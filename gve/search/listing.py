@@ -162,9 +162,9 @@ def _item(row: Any, path: Path, number: int) -> tuple[str, list[Part] | str, str
                 continue
             content = strings[key]
             source = content if isinstance(content, bytes) else path.parent / content
-            own = {"name": name if isinstance(content, bytes) else content}
+            called = name if isinstance(content, bytes) else content
             span = (float(row["start_s"]), float(row["end_s"])) if key == "video" and "start_s" in row else None
-            parts.append(kind(source, span_s=span, **own) if span else kind(source, **own))
+            parts.append(Video(source, name=called, span_s=span) if kind is Video else Image(source, name=called))
     except (InputError, KeyError, TypeError, ValueError) as error:
         return name, f"start_s and end_s are no span: {error}", ""
     if strings.get("text"):

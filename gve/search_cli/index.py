@@ -124,6 +124,7 @@ def _index(arguments: argparse.Namespace) -> int:
                 if place.size > 1:
                     broadcast(True)
                     index = index or Index.open(uri)
+            assert index is not None  # made above where there was none
             check_record(index, encoder, windows, model)
             update = update_index(
                 index,

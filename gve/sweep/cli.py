@@ -1,4 +1,4 @@
-"""`gve sweep run | status | collect`."""
+"""`gve sweep run | status | collect | compare`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,19 @@ def _parser() -> argparse.ArgumentParser:
     _common(collect)
     collect.add_argument("--to", type=Path, help="file to write; OUT/<sweep>/results.csv when not given")
     collect.set_defaults(handler=_collect)
+    compare = commands.add_parser(
+        "compare",
+        formatter_class=formatter,
+        help="every cell against the baseline of the file, paired by seed",
+        description="Prints Markdown: the arms, and for each against the file's baseline the difference paired by "
+        "seed, its 95% interval over seeds, Holm's p over the arms, and the least difference that these seeds detect.",
+    )
+    _common(compare)
+    compare.add_argument("--results", type=Path, help="results.csv to read; the run folders when not given")
+    compare.add_argument("--scores", nargs="+", default=["AVG-A"], metavar="NAME", help="averages, abilities, sets")
+    compare.add_argument("--setting", default="", help="of the step uvrb, such as f16-t200; empty: gve validate")
+    compare.add_argument("--baseline", default="", help="another cell to compare with; the file's when not given")
+    compare.set_defaults(handler=_compare)
     return parser
 
 
@@ -167,7 +180,7 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps([row.facts | row.scores for row in rows]))
         return 0
     counts: dict[str, Counter[str]] = {cell.name: Counter() for cell in sweep.cells}
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = dict.fromkeys(counts, 0.0)
     seen: set[str] = set()
     for row in rows:
         if row.facts["run"] not in seen:
@@ -206,6 +219,28 @@ def _collect(arguments: argparse.Namespace) -> int:
     for row in undone:
         print(f"gve sweep collect: {row.facts['state']}: {row.facts['run']}: {row.facts['reason']}", file=sys.stderr)
     return 1 if undone else 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from gve.sweep.collect import METRICS, collect, read_table
+    from gve.sweep.tables import against, arm_lines, comparison_lines, undone
+
+    sweep = read_sweep(arguments.file, toy=arguments.toy)
+    baseline = arguments.baseline or sweep.baseline
+    if not baseline:
+        raise InputError(f"{arguments.file} names no baseline; give --baseline CELL")
+    if unknown := [name for name in arguments.scores if name not in METRICS]:
+        raise InputError(f"--scores {', '.join(unknown)}: use {', '.join(METRICS)}")
+    rows = read_table(arguments.results) if arguments.results else collect(sweep, Site(arguments.out))
+    pairs = against(rows, baseline, arguments.setting)
+    # One family for each score: the arms are what is chosen among.
+    families = [[name] for name in arguments.scores]
+    lines = arm_lines(rows, arguments.scores, arguments.setting)
+    lines += ["", *comparison_lines(rows, pairs, families, arguments.setting)]
+    print("\n".join(lines))
+    for name, reason in undone(rows).items():
+        print(f"gve sweep compare: no result: {name}: {reason}", file=sys.stderr)
+    return 0
 
 
 def _say(line: str) -> None:

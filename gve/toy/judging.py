@@ -7,7 +7,6 @@ over all captions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gve.synth.audit.judge import FALSE, KINDS, TRUE, UNTOLD
 from gve.toy.claims import Claim, judge, parse
@@ -65,8 +64,9 @@ def verdicts(caption: str, claims: Mapping[str, str], clip: Clip) -> dict[str, s
         clip: what is shown.
     """
     read: Sequence[Claim] = parse(caption).claims
-    known: dict[str, Any] = {stated(claim): true for claim, true in zip(read, judge(read, clip), strict=True)}
-    return {key: {True: TRUE, False: FALSE}.get(known.get(claim), UNTOLD) for key, claim in claims.items()}
+    known: dict[str, bool | None] = {stated(claim): true for claim, true in zip(read, judge(read, clip), strict=True)}
+    words = {True: TRUE, False: FALSE, None: UNTOLD}
+    return {key: words[known.get(claim)] for key, claim in claims.items()}
 
 
 def _named(noun: Noun) -> str:

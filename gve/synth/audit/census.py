@@ -89,7 +89,7 @@ class Census:
                 "video": self._styles("video", styles(VIDEO_STYLES, self._options.get("words", {}))),
                 "frame": self._styles("frame", styles(FRAME_STYLES, self._options.get("frame_words", {}))),
             },
-            "spread": self._spread / self._videos if self._videos else None,
+            "spread": self._spread / self._videos if self._videos and self._asks_for_spread else None,
             "cues": {
                 profile: dict(zip(CUES, (total / sums[-1] for total in sums[:-1]), strict=True))
                 for profile, sums in sorted(self._cues.items())
@@ -97,6 +97,10 @@ class Census:
             },
             "language": self._language(),
         }
+
+    @property
+    def _asks_for_spread(self) -> bool:
+        return bool(self._options.get("short_words") or self._options.get("long_words"))
 
     def _even(self, key: str) -> dict[str, float]:
         levels = self._options.get(key, ())

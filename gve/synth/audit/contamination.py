@@ -200,7 +200,7 @@ class Benchmark:
                         for medium in item.media:
                             if id(medium) not in seen:
                                 seen.add(id(medium))
-                                media.setdefault(f"{name}/{medium.name}", medium)
+                                media.setdefault(f"{name}/{medium.name.removeprefix(name + '/')}", medium)
         return cls(texts, media)
 
 

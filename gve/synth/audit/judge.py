@@ -249,7 +249,7 @@ def judge(
     Raises:
         InputError: the judge does not answer.
     """
-    rows = [{"id": told.id, "told": asdict(told)} for told in sample]
+    rows: list[Row] = [{"id": told.id, "told": asdict(told)} for told in sample]
     outcomes: dict[str, Outcome] = {}
 
     def emit(outcome: Outcome) -> None:

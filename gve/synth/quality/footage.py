@@ -159,7 +159,9 @@ def survey(source: Source, name: str, threshold: float) -> tuple[np.ndarray, np.
         MediaError: a frame is damaged.
     """
     graph = av.filter.Graph()
-    entry = graph.add_buffer(width=SURVEY_PX, height=SURVEY_PX, format="rgb24", time_base=Fraction(1, 25))
+    entry = graph.add_buffer(
+        width=SURVEY_PX, height=SURVEY_PX, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 25)
+    )
     detector, exit_ = graph.add("scdet", f"threshold={threshold:g}"), graph.add("buffersink")
     entry.link_to(detector)
     detector.link_to(exit_)
@@ -345,6 +347,7 @@ def repair(source: Source, name: str, *, how: str) -> tuple[dict[str, Any], byte
     try:
         with av.open(
             io.BytesIO(source) if isinstance(source, bytes) else str(source),
+            mode="r",
             options={"format_whitelist": FORMATS, "err_detect": "ignore_err", "fflags": "+genpts+discardcorrupt"},
         ) as container:
             stream = next(iter(container.streams.video), None)
