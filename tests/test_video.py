@@ -179,7 +179,7 @@ def test_seeking_equals_reading_through(real: Path) -> None:
              "newtonscradle.gif", "media3_sample_h265.ts", "h265_video.mp4")  # fmt: skip
     for name in names:
         path = real / "videos" / "good" / name
-        sought, read = decode(path, EIGHT, backend="pyav"), video_decoders._decode_all(path, EIGHT, name)
+        sought, read = decode(path, EIGHT, backend="pyav"), video_decoders._decode_all(path, EIGHT, name, None)
         assert np.array_equal(sought.pixels, read.pixels), name
         np.testing.assert_allclose(sought.times_s, read.times_s, atol=1e-6)
 

@@ -54,7 +54,7 @@ FILTERS: Mapping[str, tuple[str, ...]] = {
 """Planted fault -> codes of the filter that is meant to find it; "repairable" is meant to be mended and kept."""
 GRID: Mapping[str, tuple[str, Sequence[float]]] = {
     "min_selling": ("advertisement", (0.5, 1.0, 1.5)),
-    "min_telling": ("non-descriptive", (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "min_telling": ("non-descriptive", (1, 2, 3, 4)),
     "min_foreign": ("language", (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)),
     "max_black": ("black", (0.25, 0.5, 0.75, 0.9)),
     "max_static": ("static", (0.8, 0.9, 0.95, 0.98)),
