@@ -41,6 +41,7 @@ COMMANDS = {
     "search": ("gve.search_cli.search", "moments of indexed videos by text, picture, clip or a mix, with times"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
     "export": ("gve.export.cli", "a trained model for transformers, sentence-transformers and vLLM, with a proof"),
+    "bench": ("gve.bench.cli", "what this machine does, beside the stock way of the same work: table and JSON"),
     "slurm": ("gve.slurm.cli", "fit, validate, uvrb, sweep or synth as a job of a SLURM cluster"),
 }
 

@@ -38,21 +38,34 @@ TABLE = {
     "search": {"items", "video", "encode", "eval"},
     "search_cli": {"items", "video", "encode", "search"},
     "export": {"items", "video", "inputs", "model", "encode", "eval"},
+    "bench": {
+        "items",
+        "video",
+        "inputs",
+        "model",
+        "encode",
+        "eval",
+        "data",
+        "callbacks",
+        "toy",
+        "lightning_cli",
+    },  # fmt: skip
     "cli": {"items"},
     "__main__": {"cli"},
 }
 # The only places that may import these libraries.
 HOMES = {
-    "decord": {"video"},
+    "decord": {"video", "bench"},
     "webdataset": {"data"},
-    "transformers": {"model", "inputs", "toy", "encode", "synth", "export"},
-    "sentence_transformers": {"encode"},
-    "mteb": {"eval"},
+    "transformers": {"model", "inputs", "toy", "encode", "synth", "export", "bench"},
+    "sentence_transformers": {"encode", "bench"},
+    "mteb": {"eval", "bench"},
+    "qwen_vl_utils": {"bench"},
     "jinja2": {"eval", "export", "synth", "search"},
     "pyarrow": {"eval", "data", "synth", "search"},
-    "peft": {"model"},
+    "peft": {"model", "bench"},
     "lancedb": {"search"},
-    "torchvision": set(),
+    "torchvision": {"bench"},
 }
 
 
