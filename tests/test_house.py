@@ -49,7 +49,7 @@ TABLE = {
         "callbacks",
         "toy",
         "lightning_cli",
-    },  # fmt: skip
+    },
     "cli": {"items"},
     "__main__": {"cli"},
 }
