@@ -50,7 +50,11 @@ TABLE = {
         "toy",
         "lightning_cli",
     },
+    "api": {"items", "video", "encode", "search"},
+    "doctor": {"items", "video", "encode", "toy"},
+    "own_videos": {"items", "video", "encode", "eval", "search", "data"},
     "cli": {"items"},
+    "__init__": {"api"},
     "__main__": {"cli"},
 }
 # The only places that may import these libraries.

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
 from gve.items import Image, InputError, Item, Part, Text, Video
 from gve.search.files import look_into, printable, walk
-from gve.video import MediaError
+from gve.video import MediaError, is_picture
 
 LISTS = (".jsonl", ".parquet", ".txt")
 _KEYS = ("id", "text", "image", "video", "start_s", "end_s", "instruction")
@@ -97,12 +95,8 @@ def _medium(path: bytes) -> Image | Video:
         MediaError: neither.
     """
     source, name = os.fsdecode(path), printable(path)
-    try:
-        with PIL.Image.open(source) as picture:
-            if not getattr(picture, "is_animated", False):
-                return Image(source, name=name)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError):
-        pass  # no picture that Pillow knows; whoever decodes it says what is wrong with a damaged one
+    if is_picture(source):
+        return Image(source, name=name)
     look_into(path)
     return Video(source, name=name)
 

@@ -42,8 +42,13 @@ def make_query(
         raise InputError("nothing is asked: give a text, --image or --clip")
     item = Item(tuple(parts))
     if instruction is None:
-        instruction = find_record(_ASKS_LIKE.get(item.modality, "MS-TV")).instruction
+        instruction = usual_instruction(item)
     return Item(item.parts, instruction, "query")
+
+
+def usual_instruction(item: Item) -> str:
+    """The instruction of the benchmark's set whose queries hold what this one holds."""
+    return find_record(_ASKS_LIKE.get(item.modality, "MS-TV")).instruction
 
 
 def parse_clip(text: str) -> Video:

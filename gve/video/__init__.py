@@ -21,7 +21,7 @@ Nothing here imports torch, so the child (`python -m gve.video`) starts in 0.5 s
 
 from gve.video.decoders import DECORD_AVAILABLE, VideoInfo, decode, play, probe, upright
 from gve.video.guard import call_guarded, decode_guarded
-from gve.video.pictures import decode_image, encode_jpeg
+from gve.video.pictures import decode_image, encode_jpeg, is_picture, to_pixels
 from gve.video.sampling import Sampling, frame_indices
 from gve.video.source import MediaError
 
@@ -36,7 +36,9 @@ __all__ = [
     "decode_image",
     "encode_jpeg",
     "frame_indices",
+    "is_picture",
     "play",
     "probe",
+    "to_pixels",
     "upright",
 ]

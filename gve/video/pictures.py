@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -48,7 +49,7 @@ def decode_image(source: Source | np.ndarray, name: str = "") -> np.ndarray:
             if picture.width * picture.height > MAX_PIXELS:
                 reject(name, "too-large", f"{picture.width}x{picture.height} px is more than {MAX_PIXELS} pixels")
             picture.load()
-            return np.array(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
+            return to_pixels(picture)
     except PIL.Image.DecompressionBombError as error:
         reject(name, "too-large", str(error))
     except PIL.UnidentifiedImageError:
@@ -57,6 +58,27 @@ def decode_image(source: Source | np.ndarray, name: str = "") -> np.ndarray:
         raise
     except _PILLOW_ERRORS as error:
         reject(name, "truncated" if "truncated" in str(error) else "undecodable", reason_of(error))
+
+
+def to_pixels(picture: PIL.Image.Image) -> np.ndarray:
+    """A picture of Pillow as RGB, upright by its EXIF orientation, on white where it is transparent.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    return np.array(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file is a still picture of a format that Pillow knows, by its content; damaged ones too.
+
+    False where it is moving, something else or cannot be opened: whoever decodes it says what is wrong with it.
+    """
+    try:
+        with PIL.Image.open(path) as picture:
+            return not getattr(picture, "is_animated", False)
+    except (PIL.Image.DecompressionBombError, *_PILLOW_ERRORS):
+        return False
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
