@@ -437,7 +437,7 @@ def test_real_files(real: Path, tmp_path: Path) -> None:
     found = scan(tmp_path, rows, min_frames=3, min_duration_s=0.05, cutting=Cutting(min_clip_s=0.02), min_kept=0.5)
     assert {id: outcome.rejects[0].reason if outcome.rejects else "" for id, outcome in found.items()} == expected
     mended = found["corrupt/corrupted.mp4"].rows[0]["meta"]
-    assert (mended["repaired"], mended["fault"]) == ("reencode", "garbled")
+    assert (mended["repaired"], mended["fault"]) == ("reencode", "truncated")
     assert mended["kept"] == pytest.approx(28 / 50, abs=0.1)  # 28 of 50 frames come before the damage
     store = MediaStore(tmp_path)
     for id in ("good/video_90.mov", "good/bear-vp9-odd-dimensions.webm"):
