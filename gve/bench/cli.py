@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gve.bench.measure import SIZES, Options, Trial, UnequalError, calls_of, hold, machine
+from gve.bench.stock import prepare_torchvision
 from gve.items import InputError
 
 WIDTH = 140  # columns of tables where the output is no terminal
@@ -72,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
     names = _names(arguments.names)
     if arguments.videos is not None and not arguments.videos.is_dir():
         raise InputError(f"--videos {arguments.videos}: no such folder")
+    prepare_torchvision()
     report: dict[str, Any] = {"version": 1, "begun": datetime.now(UTC).isoformat(timespec="seconds")}
     report |= {"argv": list(argv), **machine(), "records": []}
     console = Console(stderr=True)
