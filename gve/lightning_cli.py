@@ -360,6 +360,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # A run that is started again goes on in its own folder.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
+    # A machine with SLURM's commands runs small things without them too.
+    warnings.filterwarnings("ignore", message=r".*`srun` command is available on your system but is not used.*")
     # Lightning's own use of torch.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
