@@ -30,8 +30,17 @@ def gve(*words: str, log: Path) -> None:
         subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=True)
 
 
-def run(out: Path, base: str, seed: int) -> None:
-    """Trains and evaluates one row; the order ablations are run on the temporal sets only."""
+def passes(base: str, seed: int, first: int) -> dict[str, list[str]]:
+    """Evaluations of a row: the untrained base once, the views that break the order of the trained base's rows only."""
+    found = {"all": ["--uvrb.ablations", "[]", "--uvrb.untrained", str(base == "trained" and seed == first).lower()]}
+    if base == "trained":
+        order = ["--uvrb.sets", json.dumps(TEMPORAL), "--uvrb.untrained", "false"]
+        found["order"] = [*order, "--uvrb.ablations", "[static,shuffled,reversed]"]
+    return found
+
+
+def run(out: Path, base: str, seed: int, first: int) -> None:
+    """Trains and evaluates one row."""
     folder = out / f"{base}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     world = out / "world" if base == "trained" else out / f"random-{seed}-world"
@@ -44,10 +53,7 @@ def run(out: Path, base: str, seed: int) -> None:
     if not (folder / "fit.done").exists():
         gve("fit", *settings, "--trainer.default_root_dir", str(folder), log=log)
         (folder / "fit.done").touch()
-    for name, more in (
-        ("all", ["--uvrb.ablations", "[]"]),
-        ("order", ["--uvrb.sets", json.dumps(TEMPORAL), "--uvrb.ablations", "[static,shuffled,reversed]"]),
-    ):
+    for name, more in passes(base, seed, first).items():
         if not (folder / name / "uvrb.json").exists():
             words = [*settings, *more, "--ckpt_path", str(best), "--trainer.default_root_dir", str(folder / name)]
             gve("validate", *words, log=log)
@@ -65,13 +71,15 @@ def summarise(out: Path, seeds: list[int]) -> str:
         (base, seed, name): json.loads((out / f"{base}-{seed}" / name / "uvrb.json").read_text())
         for base in ("trained", "random")
         for seed in seeds
-        for name in ("all", "order")
+        for name in passes(base, seed, seeds[0])
     }
     with open(out / "probe.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["base", "lora", "seed", "ability", "value", "low", "high"])
         for (base, seed, name), result in results.items():
-            for lora, part in (("yes", result), ("no", result["untrained"])) if name == "all" else ():
+            for lora, part in (("yes", result), ("no", result.get("untrained"))):
+                if name != "all" or not part:
+                    continue
                 for ability in ABILITIES:
                     low, high = part["ability_intervals"][ability]
                     row = [base, lora, seed, ability, *(f"{v:.4f}" for v in (part["abilities"][ability], low, high))]
@@ -119,7 +127,7 @@ def main() -> None:
         gve("toy", "make", str(out / f"random-{seed}-world"), *small, log=log)
     rows = [(base, seed) for seed in arguments.seeds for base in ("trained", "random")]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda row: run(out, *row), rows))
+        list(pool.map(lambda row: run(out, *row, arguments.seeds[0]), rows))
     table = summarise(out, arguments.seeds)
     (out / "table.md").write_text(table)
     print(table)
