@@ -39,6 +39,7 @@ COMMANDS = {
         "folders of videos to an index of their moments; run again, it takes what is new",
     ),
     "search": ("gve.search_cli.search", "moments of indexed videos by text, picture, clip or a mix, with times"),
+    "serve": ("gve.serve.cli", "an index as a web page for this machine, and an OpenAI-style embeddings route"),
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
     "export": ("gve.export.cli", "a trained model for transformers, sentence-transformers and vLLM, with a proof"),
     "bench": ("gve.bench.cli", "what this machine does, beside the stock way of the same work: table and JSON"),

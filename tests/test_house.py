@@ -36,6 +36,7 @@ TABLE = {
     "slurm": {"items", "lightning_cli", "uvrb_cli"},
     "sweep": {"items", "eval", "callbacks", "lightning_cli", "synth_cli"},
     "search": {"items", "video", "encode", "eval"},
+    "serve": {"items", "video", "encode", "search", "search_cli"},
     "search_cli": {"items", "video", "encode", "search"},
     "export": {"items", "video", "inputs", "model", "encode", "eval"},
     "bench": {
@@ -69,6 +70,7 @@ HOMES = {
     "pyarrow": {"eval", "data", "synth", "search"},
     "peft": {"model", "bench"},
     "lancedb": {"search"},
+    "aiohttp": {"serve"},
     "torchvision": {"bench"},
 }
 

@@ -34,10 +34,13 @@ class Encoded:
     Args:
         vectors: [N, D] float32 unit rows; NaN where the item could not be read.
         failures: row -> why it could not be read.
+        tokens: [N] int64, length of each input, vision tokens counted; 0 where it could not be read. None of encoders
+            that do not count.
     """
 
     vectors: np.ndarray
     failures: Mapping[int, str] = field(default_factory=dict)
+    tokens: np.ndarray | None = None
 
 
 class Transform(Protocol):
@@ -261,6 +264,7 @@ class BackboneEncoder:
 
     def encode(self, items: Sequence[Item], *, transform: Transform | None = None, progress: str = "") -> Encoded:
         vectors = np.full((len(items), self.dim), np.nan, np.float32)
+        tokens = np.zeros(len(items), np.int64)
         failures: dict[int, str] = {}
         keys: dict[int, str] = {}
         for row, item in enumerate(items):
@@ -283,7 +287,9 @@ class BackboneEncoder:
                     continue
                 failures |= {group[place]: reason for place, reason in known[1].items()}
                 for places, batch, features in known[0]:
-                    vectors[[group[place] for place in places]] = self._embed(batch, features)
+                    rows = [group[place] for place in places]
+                    vectors[rows] = self._embed(batch, features)
+                    tokens[rows] = batch.attention_mask.sum(1).numpy()
                 advance(len(group))
             loader = DataLoader(
                 _Preparation(items, [group for group, _ in fresh], self.builder, transform, self.batch_tokens),
@@ -295,6 +301,7 @@ class BackboneEncoder:
                 place = {row: at for at, row in enumerate(group)}
                 kept = []
                 for rows, batch in batches:
+                    tokens[rows] = batch.attention_mask.sum(1).numpy()
                     batch = batch.to(self._device)
                     features = dict(self.backbone.media_features(batch))
                     vectors[rows] = self._embed(batch, features)
@@ -302,7 +309,7 @@ class BackboneEncoder:
                 self._replay.offer(name, kept, {place[row]: reason for row, reason in lost.items()})
                 failures |= lost
                 advance(len(group))
-        return Encoded(vectors, failures)
+        return Encoded(vectors, failures, tokens)
 
     @property
     def _device(self) -> torch.device:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -244,6 +245,13 @@ class Index:
         columns = ["path", *_FILE_COLUMNS]
         table = self._clips.search().where("window = 0").select(columns).to_arrow()
         return {file.file_id: file for file in _video_files(table)}
+
+    def file(self, file_id: str) -> VideoFile | None:
+        """The indexed file of an id; None where there is none, or no id has this form."""
+        if not re.fullmatch("[0-9a-f]{32}", file_id):
+            return None
+        query = self._clips.search().where(_any_of("file_id", [file_id])).limit(1)
+        return next(iter(_video_files(query.select(["path", *_FILE_COLUMNS]).to_arrow())), None)
 
     def rejected(self) -> dict[str, Rejected]:
         """Every file that was looked at and is none, by its id."""
