@@ -7,18 +7,15 @@ halves the gradient on two ranks and turns it by 15 degrees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from gve.items import InputError
 from gve.model.clock import CLOCK
+from gve.model.tiles import Columns, TiledContrast, exact_float32
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Contrast:
         temperature: divides the cosines.
         false_negative_margin: masks negatives whose cosine is above the positive's by more than this; None: off.
         tile: columns of cosines that exist at a time; each tile is computed again in backward, so memory is
-            B * tile instead of B * W * B values, for one more matrix product. 0: all at once.
+            B * tile instead of B * W * B values, for one more matrix product of three (gve.model.tiles). 0: all at
+            once.
         symmetric: the loss of a pair is the mean of both directions (paper eq. 1); False: query to target alone.
     """
 
@@ -114,7 +112,7 @@ def info_nce(
         valid: [B] bool, False on pairs that could not be read: no row and no column of theirs counts.
         gather: contrast with the pairs of all ranks; without a process group this changes nothing.
     """
-    with CLOCK.phase("loss"), _exact_float32(query.device.type):
+    with CLOCK.phase("loss"), exact_float32(query.device.type):
         query, target = (rows.to(torch.promote_types(rows.dtype, torch.float32)) for rows in (query, target))
         world, rank = (dist.get_world_size(), dist.get_rank()) if gather and _distributed() else (1, 0)
         if valid is None:
@@ -129,18 +127,23 @@ def info_nce(
             ceiling = positive.detach() + contrast.false_negative_margin
         hard = _hard_cosines(query, negatives, None if content_ids is None else content_ids[1], ceiling)
 
-        width, temperature = contrast.tile or len(columns), contrast.temperature
-        against = partial(_against, temperature=temperature, by_content=content_ids is not None)
-        if width < len(columns):
-            against = partial(checkpoint, against, use_reentrant=False, preserve_rng_state=False)
-        number = torch.arange(len(columns), device=query.device)
+        temperature = contrast.temperature
+        number = torch.arange(len(column_ids), device=query.device)
         first = rank * len(query)
         own = torch.cat([own, number[first : first + len(query), None]], 1)
-        tiles = [
-            against(query, target, ceiling, own, *part)
-            for part in zip(columns.split(width), torch.cat([column_ids, number[:, None]], 1).split(width), strict=True)
-        ]
-        forward, backward, largest, total, count = (torch.stack(each, 1) for each in zip(*tiles, strict=True))
+        column_ids = torch.cat([column_ids, number[:, None]], 1)
+        if 0 < contrast.tile < len(column_ids):
+            others = (None, None) if world == 1 else columns.chunk(2, 1)
+            limit = None if contrast.false_negative_margin is None else ceiling
+            settings = Columns(limit, own, column_ids, content_ids is not None, contrast.tile, temperature)
+            parts = TiledContrast.apply(query, target, *others, settings)
+        else:
+            parts = _against(
+                *(query, target, ceiling, own, columns, column_ids),
+                temperature=temperature,
+                by_content=content_ids is not None,
+            )
+        forward, backward, largest, total, count = (each[:, None] for each in parts)
 
         own_logit = positive[:, None] / temperature
         query_loss = torch.cat([own_logit, forward, hard / temperature], 1).logsumexp(1) - own_logit[:, 0]
@@ -177,24 +180,22 @@ def _against(
         Five [B]: logsumexp of the query's logits and of the target's; then without gradient the largest, the sum and
         the number of the query's cosines that count.
     """
-    # Entered here again: with tiles this runs a second time in backward, outside the caller's.
-    with _exact_float32(query.device.type):
-        all_queries, all_targets = columns.chunk(2, 1)
-        cosines, reverse = query @ all_targets.T, target @ all_queries.T
-        others = column_ids[:, 2].bool() & (own[:, None, 3] != column_ids[None, :, 3])
-        if by_content:
-            others = others & ~(own[:, None, :2] == column_ids[None, :, :2]).any(-1)
-        cosines = cosines.masked_fill(~(others & (cosines <= ceiling[:, None])), -torch.inf)
-        reverse = reverse.masked_fill(~(others & (reverse <= ceiling[:, None])), -torch.inf)
-        seen = cosines.detach()
-        counts = seen.isfinite()
-        return (
-            (cosines / temperature).logsumexp(1),
-            (reverse / temperature).logsumexp(1),
-            seen.amax(1),
-            torch.where(counts, seen, 0).sum(1),
-            counts.sum(1),
-        )
+    all_queries, all_targets = columns.chunk(2, 1)
+    cosines, reverse = query @ all_targets.T, target @ all_queries.T
+    others = column_ids[:, 2].bool() & (own[:, None, 3] != column_ids[None, :, 3])
+    if by_content:
+        others = others & ~(own[:, None, :2] == column_ids[None, :, :2]).any(-1)
+    cosines = cosines.masked_fill(~(others & (cosines <= ceiling[:, None])), -torch.inf)
+    reverse = reverse.masked_fill(~(others & (reverse <= ceiling[:, None])), -torch.inf)
+    seen = cosines.detach()
+    counts = seen.isfinite()
+    return (
+        (cosines / temperature).logsumexp(1),
+        (reverse / temperature).logsumexp(1),
+        seen.amax(1),
+        torch.where(counts, seen, 0).sum(1),
+        counts.sum(1),
+    )
 
 
 def _hard_cosines(
@@ -284,15 +285,3 @@ class _GatherWithGradient(torch.autograd.Function):
         with CLOCK.phase("comm"):
             dist.reduce_scatter_single(own, gradient.contiguous())
         return own
-
-
-@contextmanager
-def _exact_float32(device_type: str) -> Iterator[None]:
-    """No autocast and no TF32: bfloat16 cosines step by 0.004 near 0.9, at temperature 0.03 an eighth of a logit."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
