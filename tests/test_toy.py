@@ -239,6 +239,7 @@ def test_a_frame_is_found_in_the_clips_that_show_it():
 
 def test_hit_rates_by_hand():
     assert hit_rate(10, 1, 1) == pytest.approx(0.1)
+    assert hit_rate(3, 1, 10) == 1.0  # fewer items than places
     assert hit_rate(4, 2, 2) == pytest.approx(1 - 1 / 6)  # both draws among the two others: 1 of C(4, 2) = 6
     query = Query(positives=(0, 5))
     classes = [(0, "a"), (1, "a"), (2, "a"), (3, "a"), (5, "b"), (6, "b")]

@@ -101,6 +101,7 @@ def _numbered(states: Iterable[object]) -> list[int]:
 
 def hit_rate(corpus: int, positives: int, k: int) -> float:
     """Probability that one of `positives` is among the first k of a random order of `corpus` items."""
+    k = min(k, corpus)  # a tiny corpus is shown whole
     return 1.0 - comb(corpus - positives, k) / comb(corpus, k)
 
 
@@ -115,7 +116,7 @@ def best_hit_rate(classes: Sequence[tuple[int, object]], query: Query, k: int) -
     """
     sizes = Counter(name for _, name in classes)
     good = Counter(name for row, name in classes if row in query.positives)
-    return max((hit_rate(sizes[name], count, min(k, sizes[name])) for name, count in good.items()), default=0.0)
+    return max((hit_rate(sizes[name], count, k) for name, count in good.items()), default=0.0)
 
 
 def _mean(values: Iterator[float]) -> float:
