@@ -43,6 +43,10 @@ COMMANDS = {
     "mine": ("gve.mining_cli", "hard negatives for the pairs of a shard folder, by any model"),
     "export": ("gve.export.cli", "a trained model for transformers, sentence-transformers and vLLM, with a proof"),
     "bench": ("gve.bench.cli", "what this machine does, beside the stock way of the same work: table and JSON"),
+    "doctor": (
+        "gve.doctor.cli",
+        "what works on this machine, tried: packages, kernels, codecs, disk, hub; what to install",
+    ),
     "slurm": ("gve.slurm.cli", "fit, validate, uvrb, sweep or synth as a job of a SLURM cluster"),
 }
 

@@ -1,0 +1,48 @@
+"""The record of one check, and the guard around a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["ok", "weak", "absent", "broken"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        part: heading it stands under.
+        name: what was looked at.
+        state: "ok"; "weak": it works with a limit or not as pinned; "absent": optional, and not there; "broken":
+            needed, and it does not work.
+        detail: what was found, on one line.
+        hint: what mends it; empty where nothing needs to be.
+    """
+
+    part: str
+    name: str
+    state: State
+    detail: str
+    hint: str = ""
+
+
+def attempt(part: str, look: Callable[[], Iterable[Check]]) -> list[Check]:
+    """The checks of one part; what it dies of is its finding."""
+    try:
+        return list(look())
+    except Exception as error:  # whatever a broken installation raises: a doctor that dies of it tells nothing
+        return [Check(part, part, "broken", one_line(f"{type(error).__name__}: {error}"))]
+
+
+def one_line(text: str, limit: int = 160) -> str:
+    """The text on one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
