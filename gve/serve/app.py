@@ -116,7 +116,8 @@ class Server:
                 handle.close()
                 moment = moment_of(asked, file.path, file.duration_s)
             start = time.monotonic()
-            item = await self._opened(item_of, asked, moment)
+            # Words do not wait behind what others have to open.
+            item = await self._opened(item_of, asked, moment) if asked.uploads else item_of(asked, moment)
             encoded = await self._encode([item])
         if 0 in encoded.failures:
             raise InputError(f"the question cannot be read: {encoded.failures[0]}")
@@ -155,7 +156,7 @@ class Server:
                 raise InputError(f"the body is no JSON: {error}") from None
             return read_request(body, self.model, self.engine.encoder.dim)
 
-        wanted = await self._opened(read)
+        wanted = await (self._opened if b"_url" in raw else asyncio.to_thread)(read)
         encoded = await self._encode(wanted.items)
         if encoded.failures:
             row, why = min(encoded.failures.items())

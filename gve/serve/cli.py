@@ -11,10 +11,14 @@ import signal
 import socket
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from gve.items import InputError
 from gve.search_cli.model import add_model_options, model_name, open_model, setting_of
+
+if TYPE_CHECKING:
+    from aiohttp.web import Application
 
 TOKEN = "GVE_TOKEN"
 """Environment variable of the token: arguments of a process can be read by every user of the machine."""
@@ -58,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-upload-mib", type=float, default=256.0, metavar="MIB", help="media of one question (default 256)"
     )
+    parser.add_argument("--served-model-name", metavar="NAME", help="the model's name in /v1; its own when not given")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     add_model_options(parser, stored=True)
     return parser
@@ -104,7 +109,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     server = Server(
         Library(index.uri, record.fingerprint),
         Engine(encoder),
-        model=os.path.basename(model) if os.path.exists(model) else model,
+        model=arguments.served_model_name or (os.path.basename(model) if os.path.exists(model) else model),
         max_upload_bytes=int(arguments.max_upload_mib * 2**20),
     )
     app = server.application(Gate(arguments.host, token, arguments.allow_host))
@@ -118,10 +123,13 @@ def _serve(arguments: argparse.Namespace) -> int:
         )
     elif not token:
         print("gve serve: other users of this machine can ask too; --token keeps them out", file=sys.stderr)
-    print(f"gve serve: {len(index)} windows of {index.uri} at {address}", flush=True)
-    if arguments.open:
-        webbrowser.open(address)
-    asyncio.run(_run(app, listener))
+
+    def announce() -> None:
+        print(f"gve serve: {len(index)} windows of {index.uri} at {address}", flush=True)
+        if arguments.open:
+            webbrowser.open(address)
+
+    asyncio.run(_run(app, listener, announce))
     return 0
 
 
@@ -143,15 +151,15 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _run(app: object, listener: socket.socket) -> None:
+async def _run(app: Application, listener: socket.socket, announce: Callable[[], None]) -> None:
     """Serves until SIGINT or SIGTERM; what is under way is answered."""
     from aiohttp import web
 
-    assert isinstance(app, web.Application)
     # No log of requests: it would hold what people look for, and the token.
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=5.0, keepalive_timeout=30.0)
     await runner.setup()
     await web.SockSite(runner, listener).start()
+    announce()
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import threading
@@ -11,8 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL.Image
 
-from gve.items import InputError
-from gve.search.files import VideoFile, sha256_of
+from gve.search.files import VideoFile
 from gve.search.index import Hit, Index
 from gve.video import Sampling, decode_guarded, encode_jpeg
 
@@ -87,13 +87,14 @@ class Library:
         except OSError:
             raise Gone("the file has vanished since it was indexed") from None
         handle = os.fdopen(descriptor, "rb")
-        if not self._unchanged(file, os.fstat(descriptor)):
+        if not self._unchanged(file, handle):
             handle.close()
             raise Gone("the file has changed since it was indexed: run gve index again")
         return file, handle
 
-    def _unchanged(self, file: VideoFile, status: os.stat_result) -> bool:
+    def _unchanged(self, file: VideoFile, handle: BinaryIO) -> bool:
         """By size and time; by content where the time is not known or is another."""
+        status = os.fstat(handle.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size != file.size_bytes:
             return False
         if file.mtime_ns and status.st_mtime_ns == file.mtime_ns:
@@ -102,10 +103,8 @@ class Library:
         with self._lock:
             known = self._checked.get(key)
         if known is None:
-            try:
-                known = sha256_of(file.path)
-            except InputError:
-                return False
+            known = hashlib.file_digest(handle, "sha256").hexdigest()
+            handle.seek(0)
             with self._lock:
                 self._checked[key] = known
                 while len(self._checked) > _KEPT:

@@ -76,7 +76,9 @@ class Asked:
             ("min_height_px", "height", ">="),
         ):
             if (number := self.number(key, 0, 1e9)) is not None:
-                parts.append(f"{column} {sign} {number:.3f}")
+                # A column of whole numbers is not compared with a fraction.
+                value = str(math.ceil(number)) if column == "height" else f"{number:.3f}"
+                parts.append(f"{column} {sign} {value}")
         return " AND ".join(parts)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -69,13 +68,13 @@ def to_pixels(picture: PIL.Image.Image) -> np.ndarray:
     return np.array(_to_rgb(PIL.ImageOps.exif_transpose(picture)))
 
 
-def is_picture(path: str | Path) -> bool:
-    """Whether a file is a still picture of a format that Pillow knows, by its content; damaged ones too.
+def is_picture(source: Source) -> bool:
+    """Whether a file or its bytes are a still picture of a format that Pillow knows, by content; damaged ones too.
 
     False where it is moving, something else or cannot be opened: whoever decodes it says what is wrong with it.
     """
     try:
-        with PIL.Image.open(path) as picture:
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             return not getattr(picture, "is_animated", False)
     except (PIL.Image.DecompressionBombError, *_PILLOW_ERRORS):
         return False
