@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gve.bench.stock import StockInputs, mean_difference
 from gve.data.loader import Quarantine, StepBuilder
 from gve.data.plan import Rows
 from gve.data.sources import Source
-from gve.inputs import InputBuilder, InputPolicy
+from gve.inputs import InputBuilder, InputPolicy, smart_size
 from gve.items import Item, TrainBatch
 from gve.toy.base import EMBEDDED
 from gve.video import Sampling
@@ -39,7 +39,7 @@ def trials(options: Options) -> Iterator[Trial]:
     setting = {"clips": words, "frames": 8, "max_frame_tokens": POLICY.max_frame_tokens, "threads": 1}
     with one_thread():
         ways = {
-            "gve": partial(read_step, raw, options.folder),
+            "gve": reader(raw, options.folder),
             "stock": partial(read_stock, stock, clips),
         }
         yield Contest(
@@ -54,9 +54,9 @@ def trials(options: Options) -> Iterator[Trial]:
             clock="cpu",
         )
         ways = {
-            "gve": partial(read_step, frames, options.folder),
+            "gve": reader(frames, options.folder),
             "stock": ways["stock"],
-            "bare": partial(bare_jpegs, frames),
+            "bare": partial(bare_jpegs, stored_jpegs(frames)),
         }
         yield Contest(
             "pre-sampled shards to a batch of model inputs",
@@ -81,11 +81,11 @@ def trials(options: Options) -> Iterator[Trial]:
     )
 
 
-def read_step(source: Source, folder: Path) -> TrainBatch:
-    """All rows of a source as one step, by the loader's own step builder."""
+def reader(source: Source, folder: Path) -> Callable[[], TrainBatch]:
+    """Reads all rows of a source as one step, by the loader's own step builder."""
     builder = InputBuilder.from_base(str(EMBEDDED), POLICY)
     build = StepBuilder([source], builder, [0], 0, Quarantine(folder), torch.full((1, 3), -1))
-    return build(Rows(0, 0, 0, tuple((0, row, row) for row in range(len(source))), 0))
+    return partial(build, Rows(0, 0, 0, tuple((0, row, row) for row in range(len(source))), 0))
 
 
 def read_stock(stock: StockInputs, clips: list[Path]) -> tuple[Any, Any]:
@@ -93,14 +93,20 @@ def read_stock(stock: StockInputs, clips: list[Path]) -> tuple[Any, Any]:
     return stock([Item.of(CAPTION) for _ in clips]), stock([Item.of(video=path) for path in clips])
 
 
-def bare_jpegs(source: Source) -> list[torch.Tensor]:
+def bare_jpegs(clips: list[list[bytes]]) -> list[torch.Tensor]:
     """Stored frames decoded and resized, and nothing else: what no loader can be faster than."""
     made = []
-    for row in range(len(source)):
-        jpegs = [data for name, data in sorted(source.members(row).items()) if name.endswith(".jpg")]
+    for jpegs in clips:
         pixels = torch.from_numpy(np.stack([np.array(PIL.Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]))
-        made.append(F.interpolate(pixels.permute(0, 3, 1, 2), (280, 504), mode="bicubic", antialias=True))
+        sides = smart_size(*pixels.shape[1:3], 28, POLICY.min_frame_tokens * 784, POLICY.max_frame_tokens * 784)
+        made.append(F.interpolate(pixels.permute(0, 3, 1, 2), sides, mode="bicubic", antialias=True))
     return made
+
+
+def stored_jpegs(source: Source) -> list[list[bytes]]:
+    """The stored frames of every row."""
+    rows = [source.members(row) for row in range(len(source))]
+    return [[data for name, data in sorted(row.items()) if name.endswith(".jpg")] for row in rows]
 
 
 def stall_share(root: Path, folder: Path, workers: int = 2, **settings: int) -> float:
