@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and tests/run.sh: makes .venv at the root of the project if it is missing, installs the
 # requirements file given as $1 when it changed since the last time, and puts .venv/bin first on the PATH.
 # PYTHON names the interpreter to build it with (>= 3.11, which transformers 5.23 asks for).

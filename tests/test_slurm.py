@@ -67,9 +67,12 @@ def test_committed_scripts_are_what_the_renderer_gives(
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "tests" / "slurm_local.sh"], ids=lambda path: path.name)
-def test_shellcheck(path: Path) -> None:
-    done = subprocess.run(["shellcheck", path], capture_output=True, text=True, check=False)
+def test_shellcheck() -> None:
+    """Every batch script and shell file of the project; batch.sh is the end of each batch script."""
+    paths = [path for folder in ("experiments", "gve", "tests") for path in sorted((ROOT / folder).rglob("*.sh"))]
+    paths = [*SCRIPTS, *(path for path in paths if path.name != "batch.sh")]
+    assert {"quickstart.sh", "run.sh", "slurm_local.sh", "environment.sh"} <= {path.name for path in paths}
+    done = subprocess.run(["shellcheck", "-x", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -228,12 +231,14 @@ def test_a_submission_keeps_code_configuration_and_purpose(tmp_path: Path, monke
     copied = {str(path.relative_to(folder / "code/gve")) for path in (folder / "code/gve").rglob("*") if path.is_file()}
     sources = {str(path.relative_to(ROOT / "gve")) for path in (ROOT / "gve").rglob("*") if path.is_file()}
     assert {name for name in sources if "__pycache__" not in name} == copied
-    # A run's record names the commit the copy was made of, not that of whatever checkout lies around it.
-    facts = json.loads((folder / "code" / "snapshot.json").read_text())
-    facts["commit"] = {"hash": "f" * 40, "dirty": False}
-    (folder / "code" / "snapshot.json").write_text(json.dumps(facts))
+    # It is told of as without SLURM, so that a sweep has one table wherever it ran.
     from gve.callbacks import run_record
 
+    facts = json.loads((folder / "code" / "snapshot.json").read_text())
+    assert facts["commit"] == run_record.commit_of_code()
+    # A run's record names the commit the copy was made of, not that of whatever checkout lies around it.
+    facts["commit"] = {"hash": "f" * 40, "dirty": False}
+    (folder / "code" / "snapshot.json").write_text(json.dumps(facts))
     monkeypatch.setattr(run_record.gve, "__file__", str(folder / "code" / "gve" / "__init__.py"))
     assert run_record.commit_of_code() == facts["commit"]
 

@@ -21,12 +21,15 @@ import pytest
 import yaml
 
 import runs
+from gve.sweep.collect import METRICS, VOLATILE, Row, collect
+from gve.sweep.crew import Site, read_state
+from gve.sweep.plan import read_sweep
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "tests" / "slurm_local.sh"
-PATIENCE_S = 400  # of a job that takes 20 s on a quiet machine of two cores
+PATIENCE_S = 800  # of a job that takes 20 s on a quiet machine of two cores
 
 
 def why_not() -> str:
@@ -115,10 +118,18 @@ def place(recipe: Path, tmp_path_factory: pytest.TempPathFactory, cluster: Clust
 
 def gve(place: Path, *words: Any) -> subprocess.CompletedProcess[str]:
     """`gve slurm ...` as a user types it in `place`."""
-    words = ("slurm", *map(str, words))
+    return run_gve(place, "slurm", *words)
+
+
+def run_gve(place: Path, *words: Any, code: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`gve ...` as a user types it in `place`, by this code or by that of a submission."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    if code is not None:
+        environment |= {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "gve", *words],
+        [sys.executable, "-m", "gve", *map(str, words)],
         cwd=place,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -176,7 +187,7 @@ def test_a_fit_on_two_nodes_and_what_it_leaves(
     assert "MEMBER: 2/2" in logs[1].read_text()
     (submission,) = run.glob("slurm/fit/submitted/*")
     frozen = yaml.safe_load((submission / "config.yaml").read_text())
-    assert (frozen["trainer"]["num_nodes"], frozen["trainer"]["devices"]) == (2, 1)
+    assert (frozen["trainer"]["num_nodes"], int(frozen["trainer"]["devices"])) == (2, 1)
     entry = attempts(run)[-1]
     assert (entry["status"], entry["world_size"]) == ("done", 2)
     assert entry["commit"] == json.loads((submission / "code" / "snapshot.json").read_text())["commit"]
@@ -274,6 +285,55 @@ def test_a_chain_scores_what_was_trained_and_ends_where_training_fails(
     failed = subprocess.check_output(["sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 3"], text=True).strip()
     never = submit(place, "uvrb", *uvrb, "--after", failed)
     cluster.wait(never, "CANCELLED", seconds=60)
+
+
+def test_a_sweep_by_an_array_gives_the_table_of_a_local_one(cluster: Cluster, place: Path, toy_world: Path) -> None:
+    """Two cells by two tasks. One cell fails; the same command does it alone once its shards are there."""
+    file = place / "sweep" / "sweep.yaml"
+    file.parent.mkdir()
+    small = {"trainer": {"max_epochs": 1}, "data": {"steps_per_epoch": 2}, "uvrb": {"root": str(toy_world / "uvrb")}}
+    cells = {"good": {}, "late": {"set": {"data": {"root": str(place / "later")}, "model": {"temperature": 0.2}}}}
+    small["uvrb"] |= {"untrained": False}
+    file.write_text(
+        yaml.safe_dump({"configs": ["../fit.yaml"], "seeds": [3], "set": small, "cells": cells}, sort_keys=False)
+    )
+
+    def rows(out: str) -> list[Row]:
+        return collect(read_sweep(file), Site(place / out))
+
+    def by_slurm() -> str:
+        return submit(place, "sweep", "--run", "runs/sweep", "--cpu", "--array", 2, "sweep/sweep.yaml", "--out", "out")
+
+    first = by_slurm()
+    cluster.wait(f"{first}_0", "COMPLETED")
+    assert cluster.wait(f"{first}_1", "FAILED")["ExitCode"] == "1:0"
+    good, late = rows("out")
+    assert good.done
+    assert late.facts["state"] == "failed"
+    assert f"{place / 'later'}" in late.facts["reason"]
+    (place / "later").symlink_to(toy_world / "shards")
+    second = by_slurm()
+    for task in (0, 1):
+        cluster.wait(f"{second}_{task}", "COMPLETED")
+    state = place / "runs/sweep/slurm/sweep"
+    assert "done already" in (state / f"{second}_0.log").read_text()
+    assert [
+        read_state(place / "out" / row.facts["sweep"] / row.facts["run"])["steps"]["fit"]["attempts"]
+        for row in rows("out")
+    ] == [1, 2]
+
+    (submission,) = state.glob("submitted/*")
+    done = run_gve(place, "sweep", "run", "sweep/sweep.yaml", "--out", "here", code=submission / "code")
+    assert done.returncode == 0, done.stderr
+    tables = [
+        [({key: value for key, value in row.facts.items() if key not in VOLATILE}, row.scores) for row in rows(out)]
+        for out in ("out", "here")
+    ]
+    assert tables[0] == tables[1]
+    assert all(len(scores) == len(METRICS) for _, scores in tables[0])
+    assert tables[0][0][1] != tables[0][1][1], "cells of one score would not show a mix-up"
+    commit = json.loads((submission / "code" / "snapshot.json").read_text())["commit"]
+    assert {facts["commit"].rstrip("+") for facts, _ in tables[0]} == {commit["hash"][:12]}
 
 
 # ------------------------------------------------------------------------------------- what the batch script decides

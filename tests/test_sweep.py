@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -346,7 +347,10 @@ def test_the_table_is_restored_and_damage_is_marked(swept: tuple[Path, Path], tm
         ("uvrb.json", lambda path: path.write_text(path.read_text().replace('"value": 0.', '"value": 1.', 1))),
         ("uvrb.json", lambda path: path.unlink()),
         ("sweep.json", lambda path: path.write_text("{")),
+        ("sweep.json", lambda path: path.write_text('{"steps": {"fit": {"state": "done"}}}')),
         ("run.json", lambda path: path.write_text("[]")),
+        ("uvrb_positions.npz", lambda path: path.write_bytes(b"")),
+        ("uvrb_positions.npz", lambda path: path.write_bytes(path.read_bytes()[:-1000])),
     ):
         kept = (folder / name).read_bytes()
         damage(folder / name)
@@ -360,6 +364,80 @@ def test_the_table_is_restored_and_damage_is_marked(swept: tuple[Path, Path], tm
     shutil.rmtree(Site(out).folder(broken))
     assert table() == {"plain": whole["plain"], "broken": {**whole["broken"], **missing(table()["broken"])}}
     assert table()["broken"]["state"] == "missing"
+
+
+def without_parts(value: Mapping[str, Any], *place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(what, the value with one key of the mapping at `place` lost, null, or of another type), for each key there."""
+    if place:
+        for what, changed in without_parts(value[place[0]], *place[1:]):
+            yield f"{place[0]}/{what}", {**value, place[0]: changed}
+        return
+    for key, inner in value.items():
+        yield key, {name: one for name, one in value.items() if name != key}
+        for other in (None, [], "?" if isinstance(inner, (int, float)) else 3):
+            if other != inner:
+                yield f"{key} {other}", {**value, key: other}
+
+
+READ = {"steps", "attempts", "weights", "protocol", "step", "sets", "abilities"}
+"""What the table is made of, in the three files."""
+
+
+@pytest.mark.slow
+def test_whatever_is_damaged_costs_its_own_row_alone(swept: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each file cut at any place, each of its keys lost or of another type: a marked row, or one that says the same."""
+    file, before = swept
+    out = tmp_path / "out"
+    shutil.copytree(before, out)
+    sweep, site = read_sweep(file), Site(out)
+    folder = site.folder(sweep.runs()[0])
+    whole = collect(sweep, site)
+    marked: Counter[str] = Counter()
+
+    def check(name: str, content: bytes, what: str, *, must: bool = True) -> None:
+        (folder / name).write_bytes(content)
+        plain, *others = collect(sweep, site)
+        assert others == whole[1:], f"{name}, {what}"
+        if plain.done:
+            assert not must, f"{name}, {what}: not noticed"
+            # What was lost is nothing that the scores come from.
+            assert plain.scores == whole[0].scores, f"{name}, {what}"
+            told = {key for key, value in plain.facts.items() if whole[0].facts[key] != value}
+            assert told <= {"commit", *VOLATILE}, f"{name}, {what}: {told}"
+            return
+        marked[name] += 1
+        assert not plain.scores, f"{name}, {what}"
+        if plain.facts["state"] != "failed":
+            # A step that the record no longer tells of is one that was never begun.
+            assert (plain.facts["state"], what[:6]) == ("missing", "steps/"), f"{name}, {what}"
+            return
+        assert plain.facts["reason"].startswith("damaged: "), f"{name}, {what}: {plain.facts['reason']}"
+        assert str(tmp_path) not in plain.facts["reason"]
+
+    for name, places in {
+        "sweep.json": [(), ("steps",), ("steps", "validate"), ("steps", "fit", "commit")],
+        "run.json": [()],
+        "uvrb.json": [(), ("protocol",), ("abilities",), ("sets", "MSRVTT")],
+        "uvrb_positions.npz": [],
+    }.items():
+        content = (folder / name).read_bytes()
+        for part in range(0, 20, 4):
+            check(name, content[: len(content) * part // 20], f"cut to {part}/20")
+        check(name, b"\xff" + content[1:], "its first byte")
+        middle = len(content) // 2
+        check(name, content[:middle] + bytes(64) + content[middle + 64 :], "64 bytes of zeros")
+        for other in (b"[]", b"null", b"{}"):
+            check(name, other, other.decode())
+        for place in places:
+            for what, changed in without_parts(json.loads(content), *place):
+                check(name, json.dumps(changed).encode(), what, must=what.split()[0] in READ)
+        (folder / name).write_bytes(content)
+    assert collect(sweep, site) == whole
+    assert len(marked) == 4
+    assert min(marked.values()) >= 10, marked
+    (folder / "sweep.json").unlink()
+    (folder / "sweep.json").mkdir()
+    assert collect(sweep, site)[1:] == whole[1:]
 
 
 def missing(row: dict[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ from gve.eval.uvrb import SETS, ability_scores
 from gve.items import InputError
 
 RESULTS, POSITIONS, RUN = "uvrb.json", "uvrb_positions.npz", "run.json"
+_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises at a damaged npz, and what wrong types in the JSON beside it lead to."""
 _PER_QUERY = ("hits", "greater", "tied", "tied_positives", "nearest", "similarities")
 
 
@@ -336,7 +339,7 @@ def read_results(path: str | Path) -> SavedResults:
     """
     file = Path(path) / RESULTS if Path(path).is_dir() else Path(path)
     data = _object(file)
-    if not {"sets", "protocol", "abilities"} <= set(data):
+    if not all(isinstance(data.get(name), dict) for name in ("sets", "protocol", "abilities")):
         raise InputError(f"{file} is no result of gve: it lacks sets, protocol or abilities")
     runs = [place for place in (file.parent / RUN, file.parent.parent / RUN) if place.is_file()]
     positions = file.parent / POSITIONS
@@ -348,7 +351,7 @@ def read_results(path: str | Path) -> SavedResults:
                 sets = {name: _score(arrays, name, "model", row) for name, row in data["sets"].items()}
                 base = data.get("untrained", {"sets": {}})["sets"]
                 untrained = {name: _score(arrays, name, "untrained", row) for name, row in base.items()}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except _UNREADABLE as error:
             raise InputError(f"{positions} cannot be read beside {file} ({error}); run the evaluation again") from None
     return SavedResults(file.parent, data, _object(runs[0]) if runs else {}, sets, untrained)
 

@@ -119,7 +119,8 @@ def _commit(package: Path) -> dict[str, object]:
     head = _git(package, "rev-parse", "HEAD")
     if not head:
         return {"commit": None}
-    status = _git(package, "status", "--porcelain", "--untracked-files=all", ".") or ""
+    # "dirty" as RunRecord tells it: a run says the same of its code by SLURM and without.
+    status = _git(package, "status", "--porcelain", "--untracked-files=no") or ""
     difference = _git(package, "diff", "HEAD", "--", ".") or ""
     return {"commit": {"hash": head.strip(), "dirty": bool(status.strip())}, "difference": difference}
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gve.eval.results import SavedResults, read_results, read_runs, write_whole
-from gve.eval.uvrb import ABILITIES, ABILITY_PARTS, AVERAGES
+from gve.eval.results import RESULTS, SavedResults, read_results, read_runs, write_whole
+from gve.eval.uvrb import ABILITIES, ABILITY_PARTS, AVERAGES, ability_scores
 from gve.items import InputError
 from gve.sweep.crew import Site, read_state
 from gve.sweep.plan import Run, Sweep
@@ -100,10 +100,9 @@ def _rows(run: Run, folder: Path) -> list[Row]:
             return [Row(facts | {"state": kind, "reason": reason}, {})]
     try:
         facts["hardware"] = _hardware(folder)
-        results = _results(run, folder)
+        return [_row(facts, setting, saved) for setting, saved in _results(run, folder)]
     except InputError as error:
         return [Row(facts | {"state": "failed", "reason": _told(f"damaged: {error}", folder)}, {})]
-    return [_row(facts, setting, saved) for setting, saved in results]
 
 
 def _results(run: Run, folder: Path) -> list[tuple[str, SavedResults]]:
@@ -117,19 +116,29 @@ def _results(run: Run, folder: Path) -> list[tuple[str, SavedResults]]:
 
 
 def _row(facts: dict[str, str], setting: str, saved: SavedResults) -> Row:
-    data = saved.data
-    whole = {name: float(row["value"]) for name, row in data["sets"].items() if row["complete"]}
-    scores = whole | {name: value for name, value in data["abilities"].items() if value is not None}
-    lost = sorted(set(data["sets"]) - set(whole))
-    own = {
-        "setting": setting,
-        "state": "done",
-        "reason": f"incomplete: {', '.join(lost)}" if lost else "",
-        "weights": str(data["weights"])[:16],
-        "protocol": data["protocol"]["hash"],
-        "step": str(data["step"]),
-    }
-    return Row(facts | own, scores)
+    """The line of one result. Abilities are made anew of the sets, whose values the positions beside them confirm.
+
+    Raises:
+        InputError: something that the line needs is missing or of another kind.
+    """
+    try:
+        data = saved.data
+        whole = {name: float(row["value"]) for name, row in data["sets"].items() if row["complete"]}
+        abilities = ability_scores(whole)
+        if abilities != data["abilities"]:
+            raise InputError(f"{RESULTS} tells of abilities that are not those of its sets")
+        lost = sorted(set(data["sets"]) - set(whole))
+        own = {
+            "setting": setting,
+            "state": "done",
+            "reason": f"incomplete: {', '.join(lost)}" if lost else "",
+            "weights": f"{data['weights']:.16s}",  # refuses what is no text
+            "protocol": f"{data['protocol']['hash']:s}",
+            "step": str(int(data["step"])),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{RESULTS} cannot be used ({type(error).__name__}: {error})") from None
+    return Row(facts | own, whole | {name: value for name, value in abilities.items() if value is not None})
 
 
 def _hardware(folder: Path) -> str:

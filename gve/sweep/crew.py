@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import IO, Any, Protocol
 
 import yaml
@@ -30,6 +31,9 @@ STOPPED = 85
 """Exit code of a step, and of the sweep, that was asked to stop and can be continued (as of `gve fit`)."""
 
 POLL_S = 0.2
+
+_ENTRY = {"state": str, "attempts": int, "seconds": (int, float), "host": str, "commit": (dict, NoneType)}
+"""What sweep.json tells of a step -> its type."""
 
 
 class WorkError(Exception):
@@ -127,6 +131,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"damaged: {path.name} cannot be read ({error})") from None
     if not isinstance(state, dict) or not isinstance(state.get("steps"), dict):
         raise InputError(f"damaged: {path.name} does not tell of steps")
+    for name, step in state["steps"].items():
+        told = isinstance(step, dict) and all(isinstance(step.get(key), kind) for key, kind in _ENTRY.items())
+        if not told or not isinstance((step.get("commit") or {}).get("hash", ""), str):
+            raise InputError(f"damaged: {path.name} does not tell how {name} went")
     return state
 
 
