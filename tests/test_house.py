@@ -50,6 +50,7 @@ TABLE = {
         "callbacks",
         "toy",
         "lightning_cli",
+        "plan_report",
     },
     "api": {"items", "video", "encode", "search"},
     "doctor": {"items", "video", "encode", "toy"},

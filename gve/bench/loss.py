@@ -19,7 +19,7 @@ from gve.model.infonce import Contrast, info_nce
 DIM = 1024
 TILE = 512
 PAIRS = {"tiny": (4096, 8192), "mid": (8192, 32768), "3b": (32768, 32768), "7b": (32768, 32768)}
-"""Pairs of the race and of the memory at each --size. 32,768 take some 5 minutes on a CPU core, and the matrix 4 GiB."""
+"""Pairs of the race and of the memory, by --size. 32,768 take minutes on a CPU core, and their matrix 4 GiB."""
 BYTES_PER_PAIR = 1.2e9 / 32768
 """The bound: 1.2 GB for 32,768 pairs. Gradients and tiles both grow with the pairs, so smaller batches scale it."""
 TEMPERATURE = 0.03

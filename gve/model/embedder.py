@@ -183,18 +183,21 @@ class VideoEmbedder(L.LightningModule):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> torch.Tensor:
         """One contrastive step over the pairs of all ranks."""
+        result = self.contrasted(batch)
+        self._log_training(result, len(batch))
+        return result.loss
+
+    def contrasted(self, batch: TrainBatch) -> InfoNCE:
+        """The loss over the pairs of all ranks, to call backward on, and what is watched of it."""
         # LoRA dropout is drawn from the plan's seed of this step: a replay is exact.
         torch.manual_seed(batch.seed)
         sides = [side for side in (batch.negatives, batch.query, batch.target) if side is not None]
         features = self.backbone.media_features(*sides, max_tokens=self.chunk_tokens)
         embed, loss = partial(self.backbone, features=features), partial(self._loss, batch)
-        if self.chunk_tokens:
-            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            result = grad_cache(embed, sides, loss, trained, max_tokens=self.chunk_tokens, seed=batch.seed)
-        else:
-            result = loss(*map(embed, sides))
-        self._log_training(result, len(batch))
-        return result.loss
+        if not self.chunk_tokens:
+            return loss(*map(embed, sides))
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return grad_cache(embed, sides, loss, trained, max_tokens=self.chunk_tokens, seed=batch.seed)
 
     def validation_step(self, batch: TrainBatch, batch_idx: int) -> None:
         """Keeps the embeddings of dev pairs; the epoch's end compares each source's pairs at once."""
