@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -204,7 +205,7 @@ def _told(position: int, hit: Hit) -> dict[str, Any]:
     }
 
 
-async def _send(request: web.Request, file: VideoFile, handle: BinaryIO) -> web.StreamResponse:
+async def _send(request: web.Request, file: VideoFile, handle: BufferedReader) -> web.StreamResponse:
     """The bytes that were asked for (RFC 9110, section 14: one range of bytes)."""
     size, tag = file.size_bytes, f'"{file.sha256}"'
     headers = {

@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from typing import BinaryIO
+from io import BufferedReader
 
 import numpy as np
 import PIL.Image
@@ -73,7 +73,7 @@ class Library:
             raise Unknown("no indexed file has this id")
         return file
 
-    def open(self, file_id: str) -> tuple[VideoFile, BinaryIO]:
+    def open(self, file_id: str) -> tuple[VideoFile, BufferedReader]:
         """The file and its bytes, from a handle that stays on them whatever becomes of the name.
 
         Raises:
@@ -92,7 +92,7 @@ class Library:
             raise Gone("the file has changed since it was indexed: run gve index again")
         return file, handle
 
-    def _unchanged(self, file: VideoFile, handle: BinaryIO) -> bool:
+    def _unchanged(self, file: VideoFile, handle: BufferedReader) -> bool:
         """By size and time; by content where the time is not known or is another."""
         status = os.fstat(handle.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size != file.size_bytes:
