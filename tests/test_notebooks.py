@@ -25,9 +25,14 @@ from nbclient import NotebookClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gve.cli import main
+from gve.encode.pretrained import load_encoder
 from gve.eval.charts import draw_bands, to_svg
 from gve.eval.curves import Curve, moving_band, read_scalars, read_scaling
-from gve.items import InputError
+from gve.eval.uvrb import UVRBReader
+from gve.items import InputError, Item
+from gve.search.query import usual_instruction
+from gve.toy.base import EMBEDDED
+from gve.video import Sampling, decode
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = ROOT / "tests" / "samples"
@@ -126,8 +131,8 @@ def test_outputs_are_stripped_and_the_page_says_what_it_reads(path: Path) -> Non
     assert set(book.metadata) == {"kernelspec", "language_info"}
 
 
-def test_each_of_the_eight_questions_has_a_notebook() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 9)]
+def test_each_of_the_eight_questions_has_a_notebook_and_the_tour_has_one() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02d}" for number in range(1, 10)]
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
@@ -333,6 +338,28 @@ def test_look_at_the_toy_pairs(execute: Execute, toy_world: Path) -> None:
     assert len(found["looked"]) == 4
     assert found["figures"] == 4
     assert found["size"][2] == 3
+
+
+def test_tour_of_the_api(execute: Execute, toy_world: Path) -> None:
+    """Its similarities are those of the encoder called by hand, and its search finds what they rank first."""
+    parameters = {"MODEL": EMBEDDED, "BASE": "", "UVRB": toy_world / "uvrb", "SET": "CRB-G", "CLIPS": 3}
+    answers = {"similarity": "similarity.tolist()", "hits": "answer['hits']", "clips": "list(map(str, clips))"}
+    answers["asked"] = "asked.tolist()"
+    found = execute("09", parameters, answers)
+    tested = UVRBReader(toy_world / "uvrb").read("CRB-G")
+    corpus = [tested.corpus[rows[0]] for rows in tested.positives[:3]]
+    inputs = {"sampling": Sampling.uniform(8), "max_frame_tokens": 9}
+    encoder = load_encoder(str(EMBEDDED), inputs=inputs)
+    queries = [Item.of(query.text, instruction=usual_instruction(query)) for query in tested.queries[:3]]
+    vectors = [encoder.encode(items).vectors for items in (queries, corpus)]
+    assert np.allclose(found["similarity"], vectors[0] @ vectors[1].T, atol=1e-5)
+    still = Item.of(image=decode(corpus[0].media[0].source, Sampling.uniform(8)).pixels[3])
+    asked = encoder.encode([Item(still.parts, usual_instruction(still))]).vectors
+    assert np.allclose(found["asked"][0], asked @ vectors[1].T, atol=1e-5)
+    scores = [hit["score"] for hit in found["hits"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {hit["path"] for hit in found["hits"]} <= set(found["clips"])
+    assert found["figures"] == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- slow

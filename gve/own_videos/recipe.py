@@ -94,7 +94,7 @@ def write_recipe(out: Path, shards: Path, recipe: Recipe, *, passes: int, seed: 
     """
     if passes < 1:
         raise InputError(f"--passes {passes} must be at least 1")
-    sizes = {name: sum(source.shard_sizes) for name, source in open_sources(str(shards)).items()}
+    sizes = {name: int(sum(source.shard_sizes)) for name, source in open_sources(str(shards)).items()}
     tiny = recipe.tokens < 200
     # A batch larger than its source would hold pairs twice, which the loss masks.
     batch = min(32 if tiny else 64, max(sizes.values()))
