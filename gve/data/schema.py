@@ -214,8 +214,12 @@ def _decode_frames(places: Mapping[str, Any], jpegs: list[bytes], label: str, pi
     distinct, place = np.unique(indices, return_inverse=True)
     if len(distinct) != len(jpegs):
         raise ShardError(f"{label}: {len(jpegs)} stored frames for {len(distinct)} distinct indices")
-    stored = np.stack([video.decode_image(jpeg, label) for jpeg in jpegs])
+    stored = video.decode_stored_frames(jpegs, label)
     frames = Frames(
-        stored[place], np.asarray(places["times_s"], np.float64), indices, places["num_frames"], places["native_fps"]
+        stored if len(stored) == len(place) else stored[place],
+        np.asarray(places["times_s"], np.float64),
+        indices,
+        places["num_frames"],
+        places["native_fps"],
     )
     return Video(frames, digest.hexdigest(), label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from gve import video
-from gve.inputs.patches import VisionInput, patchify, smart_size
+from gve.inputs.patches import VisionInput, cut, smart_size
 from gve.inputs.policy import InputPolicy, PaddingSide, VisionGeometry
 from gve.inputs.positions import VisionSpan, grid_times, mrope_positions
 from gve.items import EmbedBatch, Frames, Image, InputError, Item, Video
@@ -237,10 +239,8 @@ class InputBuilder:
                 )
             times = grid_times(frames, steps, self.policy.times)
         height, width = self._target_size(part, pixels.shape[1], pixels.shape[2])
-        patches, grid = patchify(pixels, height, width, self.geometry)
-        return VisionInput(patches, grid, f"{part.content_hash()}:{self._settings[type(part)]}"), VisionSpan(
-            grid, times
-        )
+        levels, grid = cut(pixels, height, width, self.geometry)
+        return VisionInput(levels, grid, f"{part.content_hash()}:{self._settings[type(part)]}"), VisionSpan(grid, times)
 
     def _picture(self, part: Image) -> np.ndarray:
         if isinstance(part.source, Frames):
@@ -307,15 +307,35 @@ def collate(prepared: Sequence[Prepared], pad_token: int, padding_side: PaddingS
         pool_index=torch.full((rows,), longest - 1) if left else lengths - 1,
         content_ids=torch.tensor([one.content_id for one in prepared], dtype=torch.int64),
         valid=torch.tensor([one.valid for one in prepared]),
-        image_patches=torch.cat([vision.patches for vision in images]) if images else None,
+        image_patches=_joined(images),
         image_grid=torch.tensor([vision.grid for vision in images]) if images else None,
         image_keys=tuple(vision.key for vision in images),
         image_rows=tuple(row for row, one in enumerate(prepared) for _ in one.images),
-        video_patches=torch.cat([vision.patches for vision in videos]) if videos else None,
+        video_patches=_joined(videos),
         video_grid=torch.tensor([vision.grid for vision in videos]) if videos else None,
         video_keys=tuple(vision.key for vision in videos),
         video_rows=tuple(row for row, one in enumerate(prepared) for _ in one.videos),
     )
+
+
+def _joined(visions: Sequence[VisionInput]) -> torch.Tensor | None:
+    """Patches of all of them, normalised into one tensor.
+
+    In a loader's worker it lies in shared memory from the start, as with torch's own collation: it is by far the
+    largest thing that the training process gets, and would else be copied into shared memory when it is sent.
+    """
+    if not visions:
+        return None
+    counts = [len(vision.levels) for vision in visions]
+    shape = (sum(counts), visions[0].levels.shape[1])
+    if get_worker_info() is None:
+        whole = torch.empty(shape, dtype=torch.float32)
+    else:
+        shared = torch.UntypedStorage._new_shared(4 * math.prod(shape), device="cpu")
+        whole = torch.empty(0, dtype=torch.float32).set_(shared, 0, shape)  # type: ignore[call-overload]
+    for vision, part in zip(visions, whole.split(counts), strict=True):
+        vision.write(part)
+    return whole
 
 
 def _file(part: Video) -> str | Path | bytes:

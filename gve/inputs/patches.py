@@ -25,19 +25,39 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT = 200
 
 
+# Rows that are widened and normalised at a time: 1.2 MB of float32, which stay in the cache between the passes.
+_ROWS = 256
+
+
 @dataclass(frozen=True, eq=False)
 class VisionInput:
-    """One image or clip, ready for the tower.
+    """One image or clip, cut into patches; they are normalised where a batch is written, once.
 
     Args:
-        patches: [t*h*w, 3 * temporal_patch * patch**2] float32, normalised.
+        levels: [t*h*w, 3 * temporal_patch * patch**2] uint8.
         grid: (t, h, w) in patches.
         key: equal keys have equal patches.
+        pixel_mean, pixel_std: of the three colours on a scale of 0 to 1.
     """
 
-    patches: torch.Tensor
+    levels: torch.Tensor
     grid: tuple[int, int, int]
     key: str
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN
+    pixel_std: tuple[float, ...] = PIXEL_STD
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """[t*h*w, 3 * temporal_patch * patch**2] float32, normalised, ready for the tower."""
+        return self.write(torch.empty(self.levels.shape, dtype=torch.float32))
+
+    def write(self, out: torch.Tensor) -> torch.Tensor:
+        """Writes the normalised patches into a float32 tensor of the shape of `levels`, and returns it."""
+        mean = torch.tensor(self.pixel_mean, dtype=torch.float32).view(3, 1) * 255
+        std = torch.tensor(self.pixel_std, dtype=torch.float32).view(3, 1) * 255
+        for some, levels in zip(out.split(_ROWS), self.levels.split(_ROWS), strict=True):
+            some.copy_(levels).view(len(some), 3, -1).sub_(mean).div_(std)
+        return out
 
 
 def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -78,26 +98,19 @@ def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels
     return h, w
 
 
-def patchify(
-    frames: np.ndarray,
-    height: int,
-    width: int,
-    geometry: VisionGeometry,
-    *,
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN,
-    pixel_std: tuple[float, ...] = PIXEL_STD,
+def cut(
+    frames: np.ndarray, height: int, width: int, geometry: VisionGeometry
 ) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """Resize, normalise and cut frames into patches.
+    """Resizes frames and cuts them into patches.
 
     Args:
         frames: [T, H, W, 3] uint8 RGB; T is a multiple of the temporal patch, or 1 for an image, which is repeated.
         height, width: size to resize to, multiples of the geometry's factor (see `smart_size`).
         geometry: of the base model.
-        pixel_mean, pixel_std: of the three colours on a scale of 0 to 1.
 
     Returns:
-        (patches [t*h*w, 3 * temporal_patch * patch**2] float32, grid (t, h, w) in patches). Patches that merge into
-        one token stand together; a patch runs channel, frame, row, column.
+        (patches [t*h*w, 3 * temporal_patch * patch**2] uint8, grid (t, h, w) in patches). Patches that merge into one
+        token stand together; a patch runs channel, frame, row, column.
 
     Raises:
         InputError: frames of another shape or dtype, or a number of frames that the temporal patch does not divide.
@@ -114,10 +127,20 @@ def patchify(
     if pixels.shape[0] == 1:
         pixels = pixels.expand(steps, -1, -1, -1)
     t, h, w = pixels.shape[0] // steps, height // patch, width // patch
-    blocks = pixels.reshape(t, steps, 3, h // merge, merge, patch, w // merge, merge, patch)
-    blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    # Gathered as bytes, then widened: a quarter of the memory traffic.
-    patches = blocks.reshape(t * h * w, 3, steps * patch * patch).to(torch.float32)
-    mean = torch.tensor(pixel_mean, dtype=torch.float32).view(3, 1) * 255
-    std = torch.tensor(pixel_std, dtype=torch.float32).view(3, 1) * 255
-    return patches.sub_(mean).div_(std).flatten(1), (t, h, w)
+    # Rows of a patch are moved as one value of `patch` bytes each: half the time of moving single bytes in torch.
+    runs = np.ascontiguousarray(pixels.numpy()).view(f"V{patch}")
+    runs = runs.reshape(t, steps, 3, h // merge, merge, patch, w // merge, merge).transpose(0, 3, 6, 4, 7, 2, 1, 5)
+    levels = np.ascontiguousarray(runs).view(np.uint8).reshape(t * h * w, 3 * steps * patch * patch)
+    return torch.from_numpy(levels), (t, h, w)
+
+
+def patchify(
+    frames: np.ndarray, height: int, width: int, geometry: VisionGeometry
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """`cut`, then normalised: (patches [t*h*w, 3 * temporal_patch * patch**2] float32, grid (t, h, w)).
+
+    Raises:
+        InputError: as `cut`.
+    """
+    levels, grid = cut(frames, height, width, geometry)
+    return VisionInput(levels, grid, "").patches, grid

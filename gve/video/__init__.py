@@ -21,7 +21,7 @@ Nothing here imports torch, so the child (`python -m gve.video`) starts in 0.5 s
 
 from gve.video.decoders import DECORD_AVAILABLE, VideoInfo, decode, play, probe, upright
 from gve.video.guard import call_guarded, decode_guarded
-from gve.video.pictures import decode_image, encode_jpeg, is_picture, to_pixels
+from gve.video.pictures import decode_image, decode_stored_frames, encode_jpeg, is_picture, to_pixels
 from gve.video.sampling import Sampling, frame_indices
 from gve.video.source import MediaError
 
@@ -34,6 +34,7 @@ __all__ = [
     "decode",
     "decode_guarded",
     "decode_image",
+    "decode_stored_frames",
     "encode_jpeg",
     "frame_indices",
     "is_picture",

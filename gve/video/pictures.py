@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -41,6 +42,28 @@ def decode_image(source: Source | np.ndarray, name: str = "") -> np.ndarray:
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             reject(name or "<array>", "not-an-image", f"{source.dtype} {source.shape} is not [H, W, 3] uint8")
         return source
+    return np.array(_picture(source, name))
+
+
+def decode_stored_frames(jpegs: Sequence[bytes], name: str = "") -> np.ndarray:
+    """Frames of one clip that were stored as pictures, [T, H, W, 3] uint8. Each is copied once, into its place.
+
+    Raises:
+        MediaError: one cannot be decoded, or has another size than the first.
+    """
+    frames = np.empty((0, 0, 0, 3), np.uint8)
+    for number, jpeg in enumerate(jpegs):
+        picture = _picture(jpeg, name)
+        if number == 0:
+            frames = np.empty((len(jpegs), picture.height, picture.width, 3), np.uint8)
+        if frames.shape[1:3] != (picture.height, picture.width):
+            reject(name, "not-an-image", f"stored frame {number} has another size than the first")
+        frames[number] = np.asarray(picture)
+    return frames
+
+
+def _picture(source: Source, name: str) -> PIL.Image.Image:
+    """A picture in mode RGB, upright, its pixels loaded."""
     name = called(source, name)
     check_exists(source, name)
     try:
@@ -48,7 +71,8 @@ def decode_image(source: Source | np.ndarray, name: str = "") -> np.ndarray:
             if picture.width * picture.height > MAX_PIXELS:
                 reject(name, "too-large", f"{picture.width}x{picture.height} px is more than {MAX_PIXELS} pixels")
             picture.load()
-            return to_pixels(picture)
+            PIL.ImageOps.exif_transpose(picture, in_place=True)
+            return _to_rgb(picture)
     except PIL.Image.DecompressionBombError as error:
         reject(name, "too-large", str(error))
     except PIL.UnidentifiedImageError:
@@ -81,6 +105,8 @@ def is_picture(source: Source) -> bool:
 
 
 def _to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture  # convert() would copy it: a tenth of the cost of a stored frame
     if picture.mode.startswith(("I", "F")):
         picture = _to_8_bits(picture)
     if picture.mode == "LAB":

@@ -1,6 +1,6 @@
 """Inputs of the Qwen-VL models that were published as embedders: Qwen2-VL and Qwen3-VL.
 
-Patches are the project's own (`gve.inputs.patchify`), positions are computed here and always passed: transformers and
+Patches are the project's own (`gve.inputs.cut`), positions are computed here and always passed: transformers and
 the published code count them in different ways, and say nothing.
 """
 
@@ -16,7 +16,7 @@ import transformers
 from gve.encode.mllm.prompt import expanded, fitted, plain, user_turn
 from gve.encode.mllm.recipes import Recipe, Turn
 from gve.encode.mllm.settings import Settings
-from gve.inputs import Prepared, VisionGeometry, VisionInput, VisionSpan, collate, mrope_positions, patchify, smart_size
+from gve.inputs import Prepared, VisionGeometry, VisionInput, VisionSpan, collate, cut, mrope_positions, smart_size
 from gve.inputs.patches import PIXEL_MEAN, PIXEL_STD
 from gve.items import EmbedBatch, Frames, Image, InputError, Item, Video
 
@@ -135,8 +135,8 @@ class QwenReader:
         area = self.geometry.factor**2
         height, width = smart_size(pixels.shape[1], pixels.shape[2], self.geometry.factor, least * area, most * area)
         mean, std = (_HALF, _HALF) if self.recipe.family == "qwen3_vl" else (PIXEL_MEAN, PIXEL_STD)
-        patches, grid = patchify(pixels, height, width, self.geometry, pixel_mean=mean, pixel_std=std)
-        return VisionInput(patches, grid, "")
+        levels, grid = cut(pixels, height, width, self.geometry)
+        return VisionInput(levels, grid, "", mean, std)
 
     def _positions(self, places: Sequence[int], spans: Sequence[VisionSpan], length: int) -> torch.Tensor:
         """[3, L]: text and spans as the sequence has them, or all tokens one after another."""
