@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ class Rig:
             return forward + sum(total(flops_of_tower(self.sizes, one)) for one in pictures)
         shapes = [_shapes(side) for side in (self.batch.query, self.batch.target)]
         how = self.how if hardware else replace(self.how, checkpointing=False, chunk_tokens=0)
-        rows, pictures = ([one for shape in shapes for one in shape[which]] for which in (0, 1))
+        rows = [one for shape in shapes for one in shape[0]]
+        pictures = [one for shape in shapes for one in shape[1]]
         return total(step_flops(self.sizes, rows, pictures, how))
 
     def shares(self) -> dict[str, float]:
@@ -187,14 +189,13 @@ def trials(options: Options) -> Iterator[Trial]:
         )
     yield from _of_a_step(size, device)
     for cached in (False, True):
-        name = (
-            f"largest batch {'with' if cached else 'without'} GradCache, by doubling up to {MOST_PAIRS[size]}, {size}"
-        )
-        setting = {**asdict(LOADS[size]), "cached": cached}
         yield Gauge(
-            name, lambda cached=cached: largest_batch(size, device, LOADS[size], cached=cached), "pairs",
-            setting=setting, rounds=1,
-        )  # fmt: skip
+            f"largest batch {'with' if cached else 'without'} GradCache, by doubling up to {MOST_PAIRS[size]}, {size}",
+            partial(largest_batch, size, device, LOADS[size], cached=cached),
+            "pairs",
+            setting={**asdict(LOADS[size]), "cached": cached},
+            rounds=1,
+        )
 
 
 def _of_a_step(size: str, device: str) -> Iterator[Trial]:

@@ -64,8 +64,6 @@ LOADS = {
     "tiny": Load(32, (8, 120), (2, 20), (6, 6), 1024),
     "mid": Load(8, (8, 120), (2, 20), (8, 8), 512),
 }
-EVEN = {"text_tokens": (40, 40), "clip_s": (8, 8)}
-"""The same load without padding."""
 
 
 def texts_and_clips(config: Any, load: Load, seed: int = 0) -> tuple[list[Prepared], list[Prepared]]:
@@ -93,7 +91,7 @@ def texts_and_clips(config: Any, load: Load, seed: int = 0) -> tuple[list[Prepar
         times = torch.arange(steps).numpy() * SECOND_PER_GRID
         head = [draw.randrange(words) for _ in range(15)] + [geometry.vision_start]
         tail = [geometry.vision_end] + [draw.randrange(words) for _ in range(TEMPLATE - 17)]
-        spans = [len(head), VisionSpan(grid, times.astype("float32")), len(tail)]
+        spans: list[int | VisionSpan] = [len(head), VisionSpan(grid, times.astype("float32")), len(tail)]
         ids = head + [geometry.video_token] * tokens + tail
         clip = VisionInput(patches, grid, f"clip {pair}")
         targets.append(row(spans, ids, load.pairs + pair, videos=(clip,)))
@@ -260,12 +258,13 @@ def trials(options: Options) -> Iterator[Trial]:
         raise InputError(f"--size {options.size}: the step is compared at {', '.join(LOADS)}; 3b and 7b: accelerator")
     load = LOADS[options.size]
     drawn = "random lengths"
+    even = replace(load, text_tokens=(40, 40), clip_s=(8, 8))
     for dtype in _dtypes(options.device):
         yield _contest(options, load, dtype, drawn, Aim("gve", "transformers", value=2.0))
         yield _contest(options, load, dtype, drawn, Aim("gve", "sentence-transformers", value=1.5))
     # What is left without padding, told and not aimed at.
-    yield _contest(options, replace(load, **EVEN), "float32", "equal lengths", Aim("gve", "transformers"))
-    yield _contest(options, replace(load, **EVEN), "float32", "equal lengths", Aim("gve", "sentence-transformers"))
+    yield _contest(options, even, "float32", "equal lengths", Aim("gve", "transformers"))
+    yield _contest(options, even, "float32", "equal lengths", Aim("gve", "sentence-transformers"))
 
 
 def _dtypes(device: str) -> tuple[str, ...]:

@@ -106,8 +106,8 @@ class TiledContrast(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         query, target, queries, targets, forward, backward = ctx.saved_tensors
         columns: Columns = ctx.columns
-        grads = [None if rows is None else torch.zeros_like(rows) for rows in (query, target, queries, targets)]
-        query_grad, target_grad, queries_grad, targets_grad = grads
+        query_grad, target_grad = torch.zeros_like(query), torch.zeros_like(target)
+        queries_grad, targets_grad = (None if rows is None else torch.zeros_like(rows) for rows in (queries, targets))
         temperature = columns.temperature
         with exact_float32(query.device.type):
             for tile in columns.tiles():
@@ -120,12 +120,12 @@ class TiledContrast(torch.autograd.Function):
                     slope += _slope(cosines, temperature, backward[tile], towards_backward[tile], 0)
                 query_grad.addmm_(slope, others)
                 (target_grad if targets_grad is None else targets_grad)[tile].addmm_(slope.T, query)
-                if queries is not None:
+                if queries_grad is not None:
                     cosines = columns.counted(target @ queries[tile].T, apart, tile)
                     slope = _slope(cosines, temperature, backward, towards_backward, 1)
                     target_grad.addmm_(slope, queries[tile])
                     queries_grad[tile].addmm_(slope.T, target)
-        return (*grads, None)
+        return query_grad, target_grad, queries_grad, targets_grad, None
 
 
 def _slope(
