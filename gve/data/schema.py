@@ -216,7 +216,7 @@ def _decode_frames(places: Mapping[str, Any], jpegs: list[bytes], label: str, pi
         raise ShardError(f"{label}: {len(jpegs)} stored frames for {len(distinct)} distinct indices")
     stored = video.decode_stored_frames(jpegs, label)
     frames = Frames(
-        stored if len(stored) == len(place) else stored[place],
+        stored if np.array_equal(place, np.arange(len(stored))) else stored[place],
         np.asarray(places["times_s"], np.float64),
         indices,
         places["num_frames"],
