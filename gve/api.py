@@ -223,7 +223,7 @@ class GVE:
         # Vectors of the model have unit length; means of them, which users rank by too, do not.
         units = [torch.nn.functional.normalize(torch.atleast_2d(side), dim=-1) for side in tensors]
         cosines = units[0] @ units[1].T
-        return cosines.numpy() if isinstance(first, np.ndarray) else cosines  # type: ignore[return-value]
+        return cosines.numpy() if isinstance(first, np.ndarray) else cosines
 
     def _encode(self, items: Sequence[Item], title: str) -> tuple[np.ndarray, dict[int, str]]:
         encoded = self.encoder.encode(items, progress=title)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gve.doctor.check import Check, one_line, size
+from gve.doctor.check import Check, State, one_line, size
 
 CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_BYTES = 4 << 30  # the quickstart's tests stay below it
@@ -40,8 +40,8 @@ def memory_limit(root: Path = CGROUP) -> int | None:
 def core_limit(root: Path = CGROUP) -> float | None:
     """The cores that the control group grants; None where it grants all."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
+        granted, period = (root / "cpu.max").read_text().split()
+        return None if granted == "max" else int(granted) / int(period)
     except (OSError, ValueError):
         pass
     try:
@@ -98,7 +98,7 @@ def check_disk() -> Iterator[Check]:
         there = next(place for place in (folder, *folder.parents) if place.exists())
         free = shutil.disk_usage(there).free
         writable = os.access(there, os.W_OK)
-        state = "weak" if free < _DISK_BYTES or not writable else "ok"
+        state: State = "weak" if free < _DISK_BYTES or not writable else "ok"
         hint = f"less than {size(_DISK_BYTES)}: shards, checkpoints and vectors need more" if free < _DISK_BYTES else ""
         yield Check(
             "machine",

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -50,7 +51,7 @@ def write_clip(path: Path, codec: str) -> str:
         return ""
     os.environ.setdefault("SVT_LOG", "0")  # SVT-AV1 writes a page to stderr otherwise
     with av.open(path, "w") as container:
-        stream = container.add_stream(encoder, rate=RATE_HZ, options=_OPTIONS.get(encoder, {}))
+        stream: Any = container.add_stream(encoder, rate=RATE_HZ, options=_OPTIONS.get(encoder, {}))
         stream.width, stream.height = WIDTH_PX, HEIGHT_PX
         stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(encoder, "yuv420p")
         for pixels in drawn():
