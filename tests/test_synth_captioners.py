@@ -696,13 +696,18 @@ class Forgetful:
         return None
 
 
+def waited_s(process: int | str) -> float:
+    """Seconds that the main thread of a process was ready to run and had no core (Linux)."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("latency_s", [0.2, 0.8])
 def test_a_server_of_64_slots_is_kept_busy(latency_s: float) -> None:
     """At 200 ms an answer, 64 slots take 320 requests a second: what a request costs here must stay below 1/320 s.
 
     The cost is measured in time of a core, since the clock on the wall belongs to whatever else runs. The share of busy
-    slots is asserted at 80 requests a second, and at 320 where the machine had a core to give.
+    slots is asserted where client and server got the cores they asked for.
     """
     command = [sys.executable, str(Path(__file__).parent / "synth_server.py")]
     command += ["--latency-s", str(latency_s), "--slots", "64"]
@@ -716,8 +721,10 @@ def test_a_server_of_64_slots_is_kept_busy(latency_s: float) -> None:
             captioner = ServerCaptioner(ServerOptions(url, "toy", concurrency=64))
             outcomes: list[Outcome] = []
             began, used = time.monotonic(), time.process_time()
+            lacked_s = -max(waited_s("self"), waited_s(process.pid))
             asyncio.run(converse(Ask(media), captioner, rows, Forgetful(), outcomes.append))  # type: ignore[arg-type]
             wall_s, core_s = time.monotonic() - began, time.process_time() - used
+            lacked_s += max(waited_s("self"), waited_s(process.pid))
             stats = httpx.get(f"{url}/stats", trust_env=False).json()
         finally:
             process.kill()
@@ -726,5 +733,6 @@ def test_a_server_of_64_slots_is_kept_busy(latency_s: float) -> None:
     cost_s, occupancy = core_s / 2000, stats["occupancy"]
     print(f"{cost_s * 1e3:.2f} ms of a core a request, {2000 / wall_s:.0f} a second, occupancy {occupancy:.3f}")
     assert cost_s < 1 / 320
-    if latency_s > 0.5 or core_s / wall_s > 0.5:
-        assert occupancy >= 0.9
+    if occupancy < 0.9 and lacked_s > 0.1 * wall_s:
+        pytest.skip(f"occupancy {occupancy:.3f}: other work had the cores for {lacked_s:.1f} of {wall_s:.1f} s")
+    assert occupancy >= 0.9

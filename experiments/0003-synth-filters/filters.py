@@ -208,21 +208,34 @@ def check_funnel(pile: Pile) -> None:
         assert step["out"] == after["in"]
 
 
-def table(piles: Sequence[Pile]) -> str:
-    """Precision and recall of each filter in the order of the pipeline, all piles together."""
-    found = [(pile.truth[id]["fault"], code) for pile in piles for id, code in pile.rejected().items()]
+def alone(fault: str, piles: Sequence[Pile], chosen: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows with the fault, and good rows, that its filter drops when no other filter is asked."""
+    found: Counter[str] = Counter()
+    for pile in piles:
+        if fault == "damaged":
+            dropped = {reject.id for reject in rejects(StepFolder(pile.out, "scan")) if reject.id in pile.truth}
+        else:
+            options = SelectOptions(**{**chosen, "drop_share": 0.0, "rules": FILTERS[fault]})
+            dropped = selected(pile.rows("scan"), options, pile.out)
+        found.update(pile.truth[id]["fault"] for id in dropped)
+    return found[fault], found[""]
+
+
+def table(piles: Sequence[Pile], chosen: Mapping[str, Any]) -> str:
+    """Precision and recall of each filter alone, and what all of them do one after another, all piles together."""
+    rejected = [(pile.truth[id]["fault"], code) for pile in piles for id, code in pile.rejected().items()]
     planted = Counter(row["fault"] for pile in piles for row in pile.truth.values())
-    by_any = Counter(fault for fault, _ in found)
+    by_any = Counter(fault for fault, _ in rejected)
     lines = [
-        "| planted fault | filter | recall | dropped by any filter | precision | good rows among its drops |",
+        "| planted fault | filter | recall, alone | precision, alone | dropped by it in the run | dropped in the run |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for fault, codes in FILTERS.items():
-        own = [what for what, code in found if code in codes]
-        name = codes[0] if len(codes) == 1 else "scan"
+        right, wrong = alone(fault, piles, chosen)
+        first = sum(what == fault and code in codes for what, code in rejected)
         lines.append(
-            f"| {fault} | {name} | {share(own.count(fault), planted[fault])} | {by_any[fault]} of {planted[fault]} | "
-            f"{share(own.count(fault), len(own))} | {own.count('')} of {len(own)} |"
+            f"| {fault} | {codes[0] if len(codes) == 1 else 'scan'} | {share(right, planted[fault])} | "
+            f"{share(right, right + wrong)} | {first} | {by_any[fault]} of {planted[fault]} |"
         )
     kept = {pile.out: {row["id"]: row for row in pile.rows("select")} for pile in piles}
     mended = [
@@ -232,9 +245,13 @@ def table(piles: Sequence[Pile]) -> str:
         if row["fault"] == "repairable" and id in kept[pile.out]
     ]
     siblings = [row for pile in piles for row in pile.truth.values() if row["variant"] == "sibling"]
-    lost = Counter(code for fault, code in found if not fault)
+    lost = Counter(code for fault, code in rejected if not fault)
+    bad = len(rejected) - sum(lost.values()) - by_any["repairable"]
+    wanted = sum(planted.values()) - planted[""] - planted["repairable"]
     lines += [
         "",
+        f"All filters one after another: {share(bad, wanted)} of the {wanted} bad rows dropped; "
+        f"{share(bad, len(rejected))} of the {len(rejected)} dropped rows were bad. "
         f"Repairable files mended and kept: {share(sum(mended), planted['repairable'])} of {planted['repairable']}. "
         f"Good rows: {planted['']}, of which {sum(lost.values())} were dropped "
         f"({', '.join(f'{count} {code}' for code, count in lost.most_common()) or 'none'}); "
@@ -293,7 +310,7 @@ def main() -> None:
         }
         for name, model in encoders.items()
     }
-    text = table([piles[seed] for seed in REPORTED]) + "\n" + consistency(measured, piles)
+    text = table([piles[seed] for seed in REPORTED], chosen) + "\n" + consistency(measured, piles)
     arguments.write.mkdir(parents=True, exist_ok=True)
     (arguments.write / "table.md").write_text(text)
     (arguments.write / "thresholds.json").write_text(json.dumps(chosen, indent=1) + "\n")

@@ -42,9 +42,9 @@ def stated(claim: Claim) -> str:
             "size": f"the {noun.color} {noun.shape or 'thing'} is {noun.size}",
         }[claim.kind]
         return what + place
-    nouns = " and ".join(_named(noun) for noun in claim.form.nouns) or claim.kind
+    nouns = " and ".join(_named(noun) for noun in claim.form.nouns)
     facts = "; ".join(_told(fact) for fact in claim.form.facts)
-    return f"{nouns}: {facts}{place}"
+    return f"{nouns}: {facts}{place}" if nouns else facts + place
 
 
 def split(caption: str) -> dict[str, list[str]]:

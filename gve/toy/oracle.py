@@ -74,7 +74,8 @@ class Oracle:
     @property
     def fingerprint(self) -> str:
         own = self.options
-        return f"toy oracle dose={own.dose:g} seed={own.seed} dialect={own.dialect or 'own'}, slots by kind"
+        label = "" if own.dose else " (knows the scenes: an upper bound)"
+        return f"toy oracle{label} dose={own.dose:g} seed={own.seed} dialect={own.dialect or 'own'}, slots by kind"
 
     async def check(self) -> None:
         """Reads the truth."""

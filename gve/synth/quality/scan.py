@@ -62,7 +62,8 @@ class ScanOptions:
         min_frames, min_duration_s, max_duration_s: of the video, or of the span that is meant.
         codecs: by FFmpeg's names; empty takes all that decode.
         sampling: of the sparse frames that measures and hashes are taken from; the first two frames count from 8.
-        still_level: a picture whose cells all change by less counts as unchanged, of 255.
+        still_level: a picture whose cells all change by less counts as unchanged, of 255. In clips of one picture of
+            84 px x264 changes a cell by up to 6, in those that move one changes by 35 or more (0003-synth-filters).
         cutting: shots, frames and clips.
         languages: that captions may be in, ISO 639-1; empty takes all.
         similarity: measure how near caption and video are, by the run's encoder.
@@ -78,7 +79,7 @@ class ScanOptions:
     max_duration_s: float = 600.0
     codecs: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
-    still_level: float = 4.0
+    still_level: float = 8.0
     cutting: Cutting = field(default_factory=Cutting)
     languages: tuple[str, ...] = ("en",)
     similarity: bool = True
