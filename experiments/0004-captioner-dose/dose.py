@@ -67,7 +67,7 @@ class Sizes:
     """
 
     clips: int = 800
-    steps: int = 150
+    steps: int = 100
     batch: int = 32
     test_scale: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2)
