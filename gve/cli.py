@@ -31,7 +31,7 @@ COMMANDS = {
     "toy": ("gve.toy.toy_cli", "the toy world: videos, captions, shards, a mini UVRB, a tiny base (make, show, base)"),
     "shards": ("gve.data.shards_cli", "WebDataset shards: build from a list, check, stats"),
     "uvrb": ("gve.uvrb_cli", "the benchmark, for any embedder: list, prepare, check, run, compare, report"),
-    "synth": ("gve.synth_cli", "V-SynFlow, in the making (no quality stage and no audit yet): run, status"),
+    "synth": ("gve.synth_cli", "V-SynFlow, from weakly captioned videos to training shards: run, status, audit"),
     "sweep": ("gve.sweep.cli", "many runs from one file, here or as a SLURM array: run, status, collect"),
     "embed": ("gve.search_cli.embed", "texts, pictures, videos and mixes of them to vectors in one file"),
     "index": (

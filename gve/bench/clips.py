@@ -35,7 +35,7 @@ def clips_of(options: Options) -> tuple[list[Path], str]:
             if not path.exists():
                 render(path, seed=number)
         return paths, f"{len(paths)} rendered clips: h264, {WIDTH}x{HEIGHT}, {FPS} fps, {SECONDS} s"
-    found = []
+    found: list[Path] = []
     for path in sorted(options.videos.rglob("*")):
         if path.is_file() and len(found) < MAX_CLIPS:
             try:
@@ -57,7 +57,7 @@ def render(path: Path, *, seed: int, seconds: float = SECONDS, height: int = HEI
         coarse = random.normal(size=(octave, octave, 3))
         rows, columns = (np.arange(side) * octave // side for side in picture.shape[:2])
         picture += coarse[rows][:, columns] * 60 / octave**0.5
-    picture = np.clip(127 + picture + random.normal(size=picture.shape) * 6, 0, 255).astype(np.uint8)
+    pixels = np.clip(127 + picture + random.normal(size=picture.shape) * 6, 0, 255).astype(np.uint8)
     count = int(seconds * FPS)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
@@ -66,7 +66,7 @@ def render(path: Path, *, seed: int, seconds: float = SECONDS, height: int = HEI
         for number in range(count):
             top, left = int(height * number / count), int(width * (0.5 + 0.5 * np.sin(number / 40)))
             frame = av.VideoFrame.from_ndarray(
-                np.ascontiguousarray(picture[top : top + height, left : left + width]), format="rgb24"
+                np.ascontiguousarray(pixels[top : top + height, left : left + width]), format="rgb24"
             )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

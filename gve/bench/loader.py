@@ -38,7 +38,7 @@ def trials(options: Options) -> Iterator[Trial]:
     frames = shards_of(clips, options.folder, POLICY.sampling, FRAME_PX)
     setting = {"clips": words, "frames": 8, "max_frame_tokens": POLICY.max_frame_tokens, "threads": 1}
     with one_thread():
-        ways = {
+        ways: dict[str, Callable[[], Any]] = {
             "gve": reader(raw, options.folder),
             "stock": partial(read_stock, stock, clips),
         }
@@ -98,7 +98,9 @@ def bare_jpegs(clips: list[list[bytes]]) -> list[torch.Tensor]:
     made = []
     for jpegs in clips:
         pixels = torch.from_numpy(np.stack([np.array(PIL.Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]))
-        sides = smart_size(*pixels.shape[1:3], 28, POLICY.min_frame_tokens * 784, POLICY.max_frame_tokens * 784)
+        sides = smart_size(
+            pixels.shape[1], pixels.shape[2], 28, POLICY.min_frame_tokens * 784, POLICY.max_frame_tokens * 784
+        )
         made.append(F.interpolate(pixels.permute(0, 3, 1, 2), sides, mode="bicubic", antialias=True))
     return made
 

@@ -181,7 +181,7 @@ def hold(trial: Trial, rounds: int, tick: Callable[[], None] = lambda: None) -> 
     """
     if rounds < 1:
         raise InputError(f"--rounds {rounds}: use 1 or more")
-    record = {"what": trial.what, "setting": dict(trial.setting), "load": [load_average()]}
+    record: dict[str, Any] = {"what": trial.what, "setting": dict(trial.setting), "load": [load_average()]}
     record |= _race(trial, rounds, tick) if isinstance(trial, Contest) else _gauge(trial, rounds, tick)
     record["load"].append(load_average())
     return record

@@ -32,7 +32,13 @@ STOPPED = 85
 
 POLL_S = 0.2
 
-_ENTRY = {"state": str, "attempts": int, "seconds": (int, float), "host": str, "commit": (dict, NoneType)}
+_ENTRY: dict[str, type | tuple[type, ...]] = {
+    "state": str,
+    "attempts": int,
+    "seconds": (int, float),
+    "host": str,
+    "commit": (dict, NoneType),
+}
 """What sweep.json tells of a step -> its type."""
 
 
