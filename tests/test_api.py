@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -184,3 +187,20 @@ def test_items_of_a_clip_keep_the_decoders_times(model: GVE) -> None:
     assert frames.pixels[:, 0, 0, 0].tolist() == [0, 3, 5, 8, 11, 14, 16, 19]
     assert frames.times_s.tolist() == pytest.approx([0, 0.6, 1.0, 1.6, 2.2, 2.8, 3.2, 3.8])
     assert (frames.num_frames, frames.native_fps) == (20, 5)
+
+
+def test_the_readmes_example(clips: list[Path], picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The python block of the README, on toy files under its names and the tiny model in the place of GVE-3B."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [code for code in blocks if "GVE" in code]
+    shutil.copy(clips[0], tmp_path / "flower.mp4")
+    shutil.copy(clips[1], tmp_path / "film.mp4")
+    shutil.copy(picture, tmp_path / "frog.jpg")
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    assert block.count("Alibaba-NLP/GVE-3B") == 1
+    exec(block.replace("Alibaba-NLP/GVE-3B", str(EMBEDDED)), found)  # our own file
+    assert found["scores"].shape == (2, 2)
+    wanted = found["queries"] @ found["clips"].T
+    assert np.allclose(found["scores"], wanted, atol=1e-6)
+    assert not np.allclose(found["scores"][0], found["scores"][1], atol=1e-3)

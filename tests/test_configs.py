@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gve import uvrb_cli
+from gve.cli import COMMANDS
 from gve.data.mixture import mixture
 from gve.data.shards import ShardWriter
 from gve.data.sources import open_sources
@@ -79,6 +84,48 @@ def test_the_readmes_uvrb_commands_parse() -> None:
     assert {own.command for own in parsed} == {"list", "prepare", "check", "run", "compare", "report"}
     grid = next(own for own in parsed if own.command == "run" and len(own.frames) > 1)
     assert (grid.frames, grid.tokens) == ([8, 16, 48], [200, 400, 800])
+
+
+class _Parsed(Exception):
+    """Ends a command once its words are understood."""
+
+
+_depth = 0
+
+
+def _stopping(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A parser's method that ends the command; those of sub-parsers, which it calls, return as ever."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        global _depth
+        _depth += 1
+        try:
+            found = method(*args, **options)
+        finally:
+            _depth -= 1
+        if _depth:
+            return found
+        raise _Parsed
+
+    return call
+
+
+def test_the_readmes_other_commands_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other `gve` line of the README, up to the moment at which its work would begin."""
+    for method in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, method, _stopping(getattr(argparse.ArgumentParser, method)))
+    lines = re.findall(r"^gve (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    seen = set()
+    for line in lines:
+        name, *words = shlex.split(line, comments=True)
+        if name in ("fit", "validate", "uvrb"):
+            continue
+        with pytest.raises(_Parsed):
+            importlib.import_module(COMMANDS[name][0]).main(words)
+        seen.add(name)
+    assert {"shards", "mine", "plan", "synth", "slurm", "sweep", "export", "index", "search", "embed", "toy"} <= seen
+    with pytest.raises(SystemExit):  # control: a word that no command knows
+        importlib.import_module(COMMANDS["search"][0]).main(["videos.index", "a dog", "--hmtl", "hits.html"])
 
 
 @pytest.mark.parametrize(("size", "trained"), [("3b", 27_574_272), ("7b", 37_158_912)])
