@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -80,7 +81,9 @@ def outcome(book: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def kernel() -> Iterator[KernelManager]:
-    manager, client = start_new_kernel(cwd=str(ROOT / "notebooks"))
+    # Here no ipywidgets are installed, of which tqdm speaks wherever a library imports it.
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}
+    manager, client = start_new_kernel(cwd=str(ROOT / "notebooks"), env=quiet)
     client.stop_channels()
     yield manager
     manager.shutdown_kernel(now=True)
