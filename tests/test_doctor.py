@@ -39,13 +39,13 @@ def test_pins_are_those_of_the_requirements_file() -> None:
 
 
 def test_wrong_and_absent_versions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = [Requirement("PyYAML==0.1"), Requirement("no-such-thing-of-gve==1"), Requirement("sniffio>=1")]
+    wanted = [Requirement("PyYAML==0.1"), Requirement("no-such-thing-of-gve==1"), Requirement("httpx>=0.1")]
     monkeypatch.setattr(packages, "required", lambda: wanted)
     found = {check.name: check for check in packages.check_packages()}
     assert {name: check.state for name, check in found.items()} == {
         "PyYAML": "weak",
         "no-such-thing-of-gve": "broken",
-        "sniffio": "ok",
+        "httpx": "ok",
     }
     assert found["PyYAML"].hint == "pip install 'PyYAML==0.1'"
 

@@ -71,7 +71,7 @@ HOMES = {
     "pyarrow": {"eval", "data", "synth", "search"},
     "peft": {"model", "bench"},
     "lancedb": {"search"},
-    "aiohttp": {"serve"},
+    "aiohttp": {"serve", "synth"},
     "torchvision": {"bench"},
 }
 

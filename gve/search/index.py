@@ -426,7 +426,7 @@ def _connect(uri: str) -> Any:
     try:
         import lancedb
     except ImportError:
-        raise InputError("the index needs LanceDB: pip install 'gve[search]'") from None
+        raise InputError("the index needs LanceDB: pip install gve") from None
     return lancedb.connect(uri)
 
 

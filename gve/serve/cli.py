@@ -72,7 +72,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     try:
         from aiohttp import web  # noqa: F401
     except ImportError:
-        raise InputError("gve serve needs aiohttp: pip install 'gve[search]'") from None
+        raise InputError("gve serve needs aiohttp: pip install gve") from None
     from gve.search.index import Index, local
     from gve.serve.gate import is_loopback
 

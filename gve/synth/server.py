@@ -26,7 +26,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import httpx
+import aiohttp
 
 from gve.items import InputError, Video
 from gve.synth.frames import Framing, JpegStore
@@ -170,9 +170,9 @@ class ServerCaptioner:
         line = self._connected()
         try:
             async with asyncio.timeout(30.0):
-                listed = await line.get("models")
-            names = [str(model["id"]) for model in listed.json()["data"]] if listed.is_success else []
-        except (httpx.HTTPError, TimeoutError, OSError) as error:
+                status, listed = await line.get("models")
+            names = [str(model["id"]) for model in json.loads(listed)["data"]] if status == 200 else []
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise InputError(
                 f"no server at {self.options.url}: {_words(error)}; start it, or mend captioner url"
             ) from None
@@ -317,30 +317,30 @@ class ServerCaptioner:
 
 
 class _Line:
-    """Connections to the server, one client each.
-
-    One client with many connections looks at all of them for every request, down to a system call for each idle one:
-    5 ms of a core a request at 64 connections. A client of its own for each costs 1.3 ms.
-    """
+    """One session of kept connections to the server, at most `concurrency` of them."""
 
     def __init__(self, options: ServerOptions) -> None:
-        self._options = options
         self._url = options.url.rstrip("/")
-        self._completions = httpx.URL(f"{self._url}/chat/completions")  # parsed once
-        self._slots = asyncio.Semaphore(options.concurrency)
-        self._idle: list[httpx.AsyncClient] = []
         self._headers = {"content-type": "application/json"}
         if options.key_variable:
             key = os.environ.get(options.key_variable, "")
             if not key:
                 raise InputError(f"captioner key_variable: the environment has no {options.key_variable}")
             self._headers["authorization"] = f"Bearer {key}"
+        self._timeout_s = options.timeout_s
+        self._slots = asyncio.Semaphore(options.concurrency)
         # No time-outs but the one over the whole attempt; no proxies of the environment: they would hold the frames up.
-        self._verify = httpx.create_ssl_context() if self._url.startswith("https") else False
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=False,
+        )
 
-    async def get(self, path: str) -> httpx.Response:
-        async with self._client() as client:
-            return await client.get(f"{self._url}/{path}", headers=self._headers, timeout=None)
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Status and body."""
+        async with self._session.get(f"{self._url}/{path}", headers=self._headers) as response:
+            return response.status, await response.read()
 
     async def post(self, body: bytes, id: str) -> Mapping[str, Any]:
         """Sends one completion request.
@@ -348,40 +348,34 @@ class _Line:
         Raises:
             _Fault, _Refusal: as the status says.
         """
+        headers = self._headers | {"x-request-id": urllib.parse.quote(id, safe=":/")}
         async with self._slots:
-            client = self._idle.pop() if self._idle else self._client()
             try:
-                async with asyncio.timeout(self._options.timeout_s):
-                    headers = self._headers | {"x-request-id": urllib.parse.quote(id, safe=":/")}
-                    response = await client.post(self._completions, content=body, headers=headers, timeout=None)
-            except BaseException as error:  # what is left of this connection is not known: it is not used again
-                await client.aclose()
-                if isinstance(error, TimeoutError):
-                    raise _Fault("timeout") from None
-                if isinstance(error, (httpx.TransportError, httpx.DecodingError)):
-                    raise _Fault(f"connection: {_words(error)}") from None
-                raise
-            self._idle.append(client)
-        return _opened(response)
+                async with (
+                    asyncio.timeout(self._timeout_s),
+                    self._session.post(
+                        f"{self._url}/chat/completions", data=body, headers=headers, allow_redirects=False
+                    ) as response,
+                ):
+                    answer = await response.read()
+            except TimeoutError:
+                raise _Fault("timeout") from None
+            except aiohttp.ClientError as error:
+                raise _Fault(f"connection: {_words(error)}") from None
+        return _opened(response.status, response.headers.get("retry-after", ""), answer)
 
     async def close(self) -> None:
-        while self._idle:
-            await self._idle.pop().aclose()
-
-    def _client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        return httpx.AsyncClient(verify=self._verify, limits=limits, trust_env=False)
+        await self._session.close()
 
 
-def _opened(response: httpx.Response) -> Mapping[str, Any]:
+def _opened(status: int, retry_after: str, body: bytes) -> Mapping[str, Any]:
     """The JSON of a response with status 200."""
-    if response.status_code == 429 or response.status_code >= 500:
-        wait_s = _retry_after_s(response.headers.get("retry-after", ""))
-        raise _Fault(f"http {response.status_code}", response.text[:2000], wait_s)
-    if response.status_code != 200:
-        raise _Refusal(f"http {response.status_code}", response.text[:2000])
+    if status == 429 or status >= 500:
+        raise _Fault(f"http {status}", body.decode(errors="replace")[:2000], _retry_after_s(retry_after))
+    if status != 200:
+        raise _Refusal(f"http {status}", body.decode(errors="replace")[:2000])
     try:
-        answer = response.json()
+        answer = json.loads(body)
     except ValueError:
         raise _Fault("body is no json") from None
     if not isinstance(answer, dict):
