@@ -26,7 +26,7 @@ import runs as processes
 from gve.cli import main
 from gve.items import InputError
 from gve.sweep.collect import COLUMNS, METRICS, VOLATILE, Row, collect, read_table, write_results
-from gve.sweep.crew import STOPPED, Child, Crew, Outcome, Site, read_state
+from gve.sweep.crew import STOPPED, Child, Crew, Outcome, Site, last_line, read_state
 from gve.sweep.paired import adjusted, compare, mean_interval, paired_effect, scores_of
 from gve.sweep.plan import Sweep, machine_values, merged, read_sweep, share
 from gve.sweep.scaling import log_fit
@@ -576,3 +576,16 @@ def test_pairing_removes_what_the_seeds_share() -> None:
     rows[1].facts["protocol"] = "another"
     with pytest.raises(InputError, match="different protocols"):
         scores_of(rows, "AVG-A")
+
+
+def test_the_reason_of_a_failure_is_the_commands_not_the_launchers(tmp_path: Path) -> None:
+    log = tmp_path / "fit.log"
+    assert last_line(log) == "no log"
+    log.write_text("\n")
+    assert last_line(log) == "the log is empty"
+    log.write_text("srun: error: n1: task 0: Exited with exit code 2\n")
+    assert last_line(log).startswith("srun: error")
+    log.write_text(
+        "epoch 1\ngve fit: error: gone holds no manifest.json\nsrun: error: n1: task 0: Exited with exit code 2\n\n"
+    )
+    assert last_line(log) == "gve fit: error: gone holds no manifest.json"

@@ -382,12 +382,19 @@ class _Work:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something, at most 300 letters."""
+    """The last line of a log that says something, at most 300 letters.
+
+    A launcher speaks after the command, of the exit code alone: its lines count where there are no others.
+    """
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     except OSError:
         return "no log"
-    return next((line[:300] for line in reversed(lines) if line), "the log is empty")
+    said = [line[:300] for line in lines if line]
+    return next(
+        (line for line in reversed(said) if not line.startswith(("srun: ", "slurmstepd: "))),
+        said[-1] if said else "the log is empty",
+    )
 
 
 def _cores() -> int:
