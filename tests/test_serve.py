@@ -501,7 +501,9 @@ def test_a_full_line_and_a_failing_model_are_told(world: tuple[Path, Path]) -> N
         encoder.begun.clear()
         answers: list[Answer] = []
         threads = [threading.Thread(target=lambda: answers.append(server.search(text="good"))) for _ in range(34)]
-        for thread in threads:
+        threads[0].start()
+        assert encoder.begun.wait(30)  # alone: what comes together would be encoded together
+        for thread in threads[1:]:
             thread.start()
         until(lambda: bool(answers))  # 1 is encoded, 32 wait, the next one is sent away
         assert (answers[0].status, answers[0].headers["retry-after"]) == (503, "1")
