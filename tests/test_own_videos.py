@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from gve.cli import main
+from gve.data.sources import open_sources
 from gve.encode.encoder import Execution
 from gve.encode.pretrained import load_encoder
 from gve.eval.results import read_runs
@@ -199,6 +200,9 @@ def test_the_recipe_fits_the_pairs_and_the_machine(folder: Path, tmp_path: Path)
     values = yaml.safe_load((out / "recipe.yaml").read_text())
     assert values["data"]["root"] == str(out / "shards")
     assert values["data"]["dev_pairs"] == 0
+    # Four frames to find four clips; a single caption has nothing to be told from and is left out.
+    sizes = {name: sum(source.shard_sizes) for name, source in open_sources(str(out / "shards")).items()}
+    assert values["data"]["batch_size"] == {name: size if size > 1 else 0 for name, size in sizes.items()}
     with pytest.raises(InputError, match="--passes 0"):
         write_recipe(out, out / "shards", recipe, passes=0, seed=3)
     if not torch.cuda.is_available():

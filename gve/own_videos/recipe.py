@@ -90,14 +90,17 @@ def write_recipe(out: Path, shards: Path, recipe: Recipe, *, passes: int, seed: 
         pairs, batch and steps of an epoch.
 
     Raises:
-        InputError: the shards cannot be read.
+        InputError: the shards cannot be read, or hold too little.
     """
     if passes < 1:
         raise InputError(f"--passes {passes} must be at least 1")
     sizes = {name: int(sum(source.shard_sizes)) for name, source in open_sources(str(shards)).items()}
     tiny = recipe.tokens < 200
-    # A batch larger than its source would hold pairs twice, which the loss masks.
-    batch = min(32 if tiny else 64, max(sizes.values()))
+    # A batch holds no pair twice, and a pair alone has nothing to be told from: such a source is left out.
+    batches = {name: min(32 if tiny else 64, size) if size > 1 else 0 for name, size in sizes.items()}
+    batch = max(batches.values())
+    if not batch:
+        raise InputError(f"{shards} holds no two pairs of one kind: nothing can be learned from them")
     steps = max(1, math.ceil(passes * sum(sizes.values()) / batch / EPOCHS))
     policy = {
         "sampling": {"kind": "uniform", "num_frames": 8},
@@ -124,7 +127,7 @@ def write_recipe(out: Path, shards: Path, recipe: Recipe, *, passes: int, seed: 
         "data": {
             "root": str(shards),
             "steps_per_epoch": steps,
-            "batch_size": batch,
+            "batch_size": batches,
             "negatives": 0,
             "dev_pairs": 0,
             "num_workers": 1 if tiny else 4,
