@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from gve import __version__
-from gve.items import InputError
+from gve.items import InputError, one_line
 
 # command -> (module with `main(argv) -> int`, one line for the overview)
 COMMANDS = {
@@ -98,9 +98,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
     raise SystemExit(code)
-
-
-def one_line(text: str, limit: int = 400) -> str:
-    """The message on one line of at most `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -28,6 +28,12 @@ class InputError(ValueError):
     """
 
 
+def one_line(text: str, limit: int = 400) -> str:
+    """The text on one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
 @dataclass(frozen=True, eq=False)
 class Frames:
     """Decoded frames of one clip.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before any import of torch or transformers: a test never reaches a hub, and 2 cores are shared by ranks and workers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -84,3 +87,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tiny import write_tiny_base
 
     return write_tiny_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, a Debian package; pages themselves need no browser to be made."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright drives the browser (tests/requirements.txt)"
+    )
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -298,21 +297,6 @@ def test_charts_are_svg_with_their_numbers() -> None:
     assert "font-style: italic" in chart("one") or "italic" in chart("one")
     curve = draw_curves({"CG": {"m": [(8, 0.5, 0.4, 0.6), (16, 0.6, 0.5, 0.7)]}}, "frames")
     assert [tick.get_text() for tick in curve.axes[0].get_xticklabels()] == ["8", "16"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, a Debian package; the page itself needs no browser to be made."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright drives the browser (tests/requirements.txt)"
-    )
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 def test_a_browser_is_content(page: Path, browser: Any) -> None:

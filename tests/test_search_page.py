@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -52,18 +50,6 @@ def test_names_and_questions_are_escaped(tmp_path: Path) -> None:
         assert found == os.fsencode(tmp_path) + b"/" + name
     write_page(page, item, [])
     assert "Nothing was found" in page.read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
 
 
 def test_a_browser_plays_the_moment(browser: Any, tmp_path: Path) -> None:

@@ -608,18 +608,6 @@ def test_the_command_serves_until_it_is_stopped(world: tuple[Path, Path], tmp_pa
 # The page ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
-
-
 def test_the_page_in_a_browser(server: Running, browser: Any) -> None:
     """A typed and a dropped question; players at their moments; names that cannot act; a file that does not play."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})

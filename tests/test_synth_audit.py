@@ -63,7 +63,7 @@ from gve.toy.render import Shot, frames, render
 from gve.toy.scenes import Clip
 from gve.toy.truth import Truth
 from gve.video import encode_jpeg
-from test_page import Links, browser  # noqa: F401 (a fixture)
+from test_page import Links
 
 CLIPS = 28
 STYLES = ("concise", "spatio-temporal rich", "abstract", "keywords only", "partially relevant")
@@ -735,7 +735,7 @@ def test_the_embedded_captioners_errors_are_measured(world: World, tmp_path: Pat
     assert share > 0.05  # it is no oracle
 
 
-def test_a_browser_is_content(page: Path, browser: Any) -> None:  # noqa: F811
+def test_a_browser_is_content(page: Path, browser: Any) -> None:
     """Last, since the browser's loop stays open. At 1280 px: no error, no request, no sideways scroll; all is there."""
     view = browser.new_page(viewport={"width": 1280, "height": 900})
     said, asked = [], []

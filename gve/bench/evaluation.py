@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from gve.bench.clips import CAPTION, clips_of
 from gve.bench.measure import Aim, Contest, Options, Trial
 from gve.bench.stock import StockInputs
 from gve.encode.encoder import BackboneEncoder
+from gve.encode.ranks import available_cores
 from gve.encode.topk import search
 from gve.eval.evaluation import evaluate
 from gve.eval.records import SETS
@@ -42,7 +42,7 @@ def trials(options: Options) -> Iterator[Trial]:
     stock = StockInputs(EMBEDDED, POLICY)
     backbone = Backbone.from_pretrained(str(EMBEDDED), lora=None).to(options.device).eval()
     builder = InputBuilder.from_base(str(EMBEDDED), POLICY)
-    workers = min(2, len(os.sched_getaffinity(0)))
+    workers = min(2, available_cores())
     encoder = BackboneEncoder(backbone, builder, num_workers=workers)
     clips, words = clips_of(options)
     setting = {"clips": words, "frames": 8, "max_frame_tokens": POLICY.max_frame_tokens, "model": "gve/toy/weights"}

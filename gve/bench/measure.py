@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 
 import gve
+from gve.callbacks.run_record import versions_of
+from gve.encode.ranks import available_cores
 from gve.items import InputError
 
 PACKAGES = (
@@ -313,26 +314,16 @@ def load_average() -> float:
 def machine() -> dict[str, Any]:
     """Versions and hardware behind the numbers."""
     return {
-        "versions": {"gve": gve.__version__, "python": platform.python_version(), **_versions()},
+        "versions": {"gve": gve.__version__, "python": platform.python_version(), **versions_of(PACKAGES)},
         "hardware": {
             "machine": platform.machine(),
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": available_cores(),
             "threads": torch.get_num_threads(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
     }
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _processor() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from gve.data.datamodule import PyramidDataModule
 from gve.data.manifest import Manifest, edit_manifest
 from gve.data.plan import PlanState
 from gve.data.shards import ShardWriter
+from gve.encode.ranks import available_cores
 from gve.inputs import InputPolicy
 from gve.items import Item, Pair
 from gve.toy.base import EMBEDDED
@@ -59,7 +59,7 @@ def trials(options: Options) -> Iterator[Trial]:
     )
     clips, words = clips_of(options)
     shards_of(clips, options.folder, Sampling.uniform(8), 200 * 28**2)
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     yield Gauge(
         "2 ranks against 1: pairs/s at one global batch, one thread each",
         partial(rank_gain, options.folder / "frames", options.folder),

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +50,7 @@ class RunRecord(L.Callback):
             "end": None,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "commit": commit_of_code(),
-            "versions": {"gve": gve.__version__, "python": platform.python_version(), **_versions()},
+            "versions": {"gve": gve.__version__, "python": platform.python_version(), **versions_of(PACKAGES)},
             "hardware": _hardware(),
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
             "config": None,
@@ -165,14 +165,16 @@ def commit_of_code() -> dict[str, Any] | None:
     return {"hash": head.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-def _versions() -> dict[str, str | None]:
+def versions_of(packages: Sequence[str]) -> dict[str, str | None]:
+    """Installed version of each distribution; None where it is absent."""
+
     def installed(name: str) -> str | None:
         try:
             return version(name)
         except PackageNotFoundError:
             return None
 
-    return {name: installed(name) for name in PACKAGES}
+    return {name: installed(name) for name in packages}
 
 
 def _hardware() -> dict[str, Any]:

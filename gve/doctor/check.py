@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from gve.items import one_line
+
 State = Literal["ok", "weak", "absent", "broken"]
+WIDTH = 160
+"""Most characters of what a check tells of a failure."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,7 @@ def attempt(part: str, look: Callable[[], Iterable[Check]]) -> list[Check]:
     try:
         return list(look())
     except Exception as error:  # whatever a broken installation raises: a doctor that dies of it tells nothing
-        return [Check(part, part, "broken", one_line(f"{type(error).__name__}: {error}"))]
-
-
-def one_line(text: str, limit: int = 160) -> str:
-    """The text on one line of at most `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."
+        return [Check(part, part, "broken", one_line(f"{type(error).__name__}: {error}", WIDTH))]
 
 
 def size(count: float) -> str:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gve.doctor.check import Check, one_line, size
+from gve.doctor.check import WIDTH, Check, size
 from gve.doctor.media import write_clip
 from gve.encode.encoder import Execution
 from gve.encode.pretrained import load_encoder
-from gve.items import Item
+from gve.items import Item, one_line
 from gve.toy.base import EMBEDDED
 
 _BACKENDS = {
@@ -82,7 +82,7 @@ def check_model() -> Iterator[Check]:
         encoder = load_encoder(str(EMBEDDED), inputs={"max_frame_tokens": 9}, execution=Execution(device=device))
         encoded = encoder.encode([Item.of("a red circle"), Item.of(video=clip)])
     if encoded.failures:
-        yield Check("model", "tiny base", "broken", one_line(str(encoded.failures)))
+        yield Check("model", "tiny base", "broken", one_line(str(encoded.failures), WIDTH))
         return
     lengths = np.linalg.norm(encoded.vectors, axis=1)
     good = bool(np.isfinite(lengths).all() and np.allclose(lengths, 1, atol=1e-3))

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gve.doctor.check import Check, State, one_line, size
+from gve.doctor.check import WIDTH, Check, State, size
+from gve.items import one_line
 
 CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_BYTES = 4 << 30  # the quickstart's tests stay below it
@@ -160,5 +161,5 @@ def check_hub(offline: bool, timeout_s: float = 5.0) -> Iterator[Check]:
         yield Check("hub", host, "weak", f"cannot be reached ({type(error).__name__})", hint)
         return
     good = answer.is_success
-    told = one_line(f"answers {answer.status_code}, {token}")
+    told = one_line(f"answers {answer.status_code}, {token}", WIDTH)
     yield Check("hub", host, "ok" if good else "weak", told, "" if good else hint)

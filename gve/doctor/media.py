@@ -15,7 +15,8 @@ import numpy as np
 import PIL.features
 import PIL.Image
 
-from gve.doctor.check import Check, one_line
+from gve.doctor.check import WIDTH, Check
+from gve.items import one_line
 from gve.video import DECORD_AVAILABLE, MediaError, Sampling, decode_guarded, decode_image, probe
 
 FRAMES, HEIGHT_PX, WIDTH_PX, RATE_HZ = 12, 96, 128, 8
@@ -82,7 +83,7 @@ def check_codecs() -> Iterator[Check]:
         yield Check("video", "killable child", "broken", "it has read a video from no video")
     except MediaError as error:
         good = error.reason == "not-a-video"
-        told = "refuses what is no video" if good else one_line(str(error))
+        told = "refuses what is no video" if good else one_line(str(error), WIDTH)
         yield Check("video", "killable child", "ok" if good else "broken", told)
 
 
@@ -101,7 +102,7 @@ def check_codec(codec: str, path: Path) -> Check:
         frames = decode_guarded(path, Sampling.uniform(FRAMES), timeout_s=60.0)
         backend = probe(path).backend
     except MediaError as error:
-        return Check("video", codec, "broken" if needed else "weak", one_line(str(error)), hint)
+        return Check("video", codec, "broken" if needed else "weak", one_line(str(error), WIDTH), hint)
     fault = difference(frames.pixels)
     if fault:
         return Check("video", codec, "broken" if needed else "weak", f"by {backend}: {fault}", hint)

@@ -32,6 +32,18 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if ready else (0, 1)
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def decode_workers(asked: int | None) -> int:
+    """Decoding processes of this rank: as asked, else one core is left to the model of each rank of the machine."""
+    if asked is not None:
+        return asked
+    return max(0, min(8, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
 def gather_rows(rows: np.ndarray) -> np.ndarray:
     """[n, D] of every rank, n its own, to [sum of n, D] on all: rank 0's rows first."""
     size = world()[1]

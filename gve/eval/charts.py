@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
@@ -189,16 +190,9 @@ def draw_curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, f
         axes.xaxis.set_major_locator(FixedLocator(places))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(labelsize=8)
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.grid(color=GRID, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["bottom", "left"]].set_color(FRAME)
-    figure.supxlabel(label, fontsize=9)
-    if len(series) > 1:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    return figure
+        _frame(axes, title)
+    return _labelled(figure, label, handles)
 
 
 def draw_bands(panels: Mapping[str, Mapping[str, Any]], label: str = "step", across: int = 2) -> Figure:
@@ -220,13 +214,23 @@ def draw_bands(panels: Mapping[str, Mapping[str, Any]], label: str = "step", acr
             colour, dash, _ = colour_of(series.index(name))
             (handles[name],) = axes.plot(steps, mean, dash, color=colour, linewidth=1.6)
             axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(labelsize=8)
-        axes.grid(color=GRID, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["bottom", "left"]].set_color(FRAME)
+        _frame(axes, title)
+    return _labelled(figure, label, handles)
+
+
+def _frame(axes: Axes, title: str) -> None:
+    """One panel of small multiples."""
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(labelsize=8)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(FRAME)
+
+
+def _labelled(figure: Figure, label: str, handles: Mapping[str, Any]) -> Figure:
+    """Small multiples with the label of their horizontal axes, and a legend where there are several series."""
     figure.supxlabel(label, fontsize=9)
-    if len(series) > 1:
+    if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
     return figure
 

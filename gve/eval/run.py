@@ -11,7 +11,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ import torch
 
 import gve
 from gve.encode.encoder import Execution, LoadedEncoder
-from gve.encode.ranks import world
+from gve.encode.ranks import available_cores, world
 from gve.encode.store import EmbeddingStore
 from gve.eval.evaluation import NEAREST, Scores, evaluate
 from gve.eval.report import write_report
@@ -296,7 +295,7 @@ def hardware(execution: Execution) -> dict[str, Any]:
     cuda = execution.device.startswith("cuda")
     return {
         "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "device": torch.cuda.get_device_name(torch.device(execution.device)) if cuda else "cpu",
         "ranks": world()[1],
         "dtype": execution.dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ import gve
 from gve.encode.encoder import BackboneEncoder, Execution
 from gve.encode.pretrained import RECORD, ModelFiles, Trained, load_encoder, read_trained
 from gve.export import card, parity
-from gve.export.files import write_processors, write_sentence_transformers, write_tokenizer
+from gve.export.files import write_json, write_processors, write_sentence_transformers, write_tokenizer
 from gve.export.weights import hub_config, write_tensors, write_weights
 from gve.items import InputError
 from gve.model.adapters import SETTINGS, WEIGHTS, to_peft
@@ -127,8 +126,8 @@ class _Work:
         self.progress("writing the adapter")
         settings, tensors = to_peft(lora, self.encoder.backbone.trainable_state(), self.base)
         write_tensors(tensors, folder / WEIGHTS)
-        _write_json(folder / SETTINGS, settings)
-        _write_json(folder / RECORD, self.record("adapter", self.encoder.weights_hash))
+        write_json(folder / SETTINGS, settings)
+        write_json(folder / RECORD, self.record("adapter", self.encoder.weights_hash))
         if not self.options.check:
             return []
         self.progress("checking")
@@ -152,12 +151,12 @@ class _Work:
         dtype = _dtype(self.options.dtype, self.base)
         self.progress(f"merging, {str(dtype).removeprefix('torch.')}")
         files_hash = write_weights(encoder.backbone, self.base, dtype, folder)
-        _write_json(folder / "config.json", hub_config(config, dtype))
+        write_json(folder / "config.json", hub_config(config, dtype))
         write_tokenizer(builder.tokenizer, builder.policy, folder)
         write_processors(builder.policy, builder.geometry, folder)
         write_sentence_transformers(builder.policy, dim, folder)
         record = self.record("model", weights_hash) | {"files": files_hash}
-        _write_json(folder / RECORD, record)
+        write_json(folder / RECORD, record)
         del self.encoder, encoder
         rows: list[parity.Row] = []
         if self.options.check:
@@ -187,7 +186,7 @@ class _Work:
         """Writes the report, or stops the export."""
         if parity.failed(rows):
             raise ParityError(rows)
-        _write_json(folder / "parity.json", {"limit": parity.LIMIT, "rows": [row.to_dict() for row in rows]})
+        write_json(folder / "parity.json", {"limit": parity.LIMIT, "rows": [row.to_dict() for row in rows]})
         (folder / "parity.md").write_text(parity.table(rows) + "\n")
         return rows
 
@@ -233,7 +232,3 @@ def _dtype(wanted: Stored, base: str) -> torch.dtype:
         if wanted not in get_args(Stored):
             raise InputError(f"the base's weights are {wanted}; say --dtype")
     return getattr(torch, wanted)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

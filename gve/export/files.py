@@ -74,7 +74,7 @@ def write_tokenizer(tokenizer: Any, policy: InputPolicy, folder: Path) -> None:
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     special = [token.content for token in added.values() if token.special and token.content != POOLED]
     template = chat_template(policy)
-    _write(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
@@ -136,7 +136,7 @@ def write_processors(policy: InputPolicy, geometry: VisionGeometry, folder: Path
     for file, (low, high), own in kinds:
         # Both ways to say it: 4.x reads the first, 5.x the second.
         pixels = {"min_pixels": low, "max_pixels": high, "size": {"shortest_edge": low, "longest_edge": high}}
-        _write(folder / file, {**own, **shared, **pixels})
+        write_json(folder / file, {**own, **shared, **pixels})
 
 
 def write_sentence_transformers(policy: InputPolicy, dim: int, folder: Path) -> None:
@@ -150,7 +150,7 @@ def write_sentence_transformers(policy: InputPolicy, dim: int, folder: Path) -> 
         {"idx": int(name), "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
         for name, path, kind in kinds
     ]
-    _write(folder / "modules.json", modules)
+    write_json(folder / "modules.json", modules)
     read = {"method": "forward", "method_output_name": "last_hidden_state"}
     sampling = policy.sampling
     frames = (
@@ -158,7 +158,7 @@ def write_sentence_transformers(policy: InputPolicy, dim: int, folder: Path) -> 
         if sampling.kind == "uniform"
         else {"fps": sampling.fps, "min_frames": sampling.min_frames, "max_frames": sampling.num_frames}
     )
-    _write(
+    write_json(
         folder / "sentence_bert_config.json",
         {
             "transformer_task": "feature-extraction",
@@ -177,10 +177,10 @@ def write_sentence_transformers(policy: InputPolicy, dim: int, folder: Path) -> 
     pooling: dict[str, object] = {"word_embedding_dimension": dim}
     pooling |= {f"pooling_mode_{mode}": False for mode in modes} | {"pooling_mode_lasttoken": True}
     (folder / "1_Pooling").mkdir()
-    _write(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": True})
+    write_json(folder / "1_Pooling" / "config.json", {**pooling, "include_prompt": True})
     (folder / "2_Normalize").mkdir()
-    _write(folder / "2_Normalize" / "config.json", {})
-    _write(
+    write_json(folder / "2_Normalize" / "config.json", {})
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -191,5 +191,6 @@ def write_sentence_transformers(policy: InputPolicy, dim: int, folder: Path) -> 
     )
 
 
-def _write(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as the hub's files are written."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gve.items import InputError
-from gve.search_cli.model import add_model_options, model_name, open_model, setting_of, workers_of
+from gve.search_cli.model import add_model_options, address_of, model_name, open_model, setting_of, workers_of
 
 if TYPE_CHECKING:
     from gve.search.files import Walk
@@ -89,9 +88,7 @@ def _index(arguments: argparse.Namespace) -> int:
 
     if arguments.batch_windows < 1 or arguments.max_gib <= 0:
         raise InputError("--batch-windows and --max-gib must be above 0")
-    uri = arguments.out
-    if local(uri):
-        uri = os.path.abspath(uri)
+    uri = address_of(arguments.out)
     start = time.monotonic()
     with joined() as place:
         index = Index.open(uri) if broadcast(Index.exists(uri)) else None

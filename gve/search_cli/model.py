@@ -1,4 +1,4 @@
-"""What the three commands share: the options of the model, and opening it on this rank's device."""
+"""What the commands share: the options of the model, and opening it on this rank's device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gve.items import InputError
 if TYPE_CHECKING:
     from gve.encode.encoder import LoadedEncoder
     from gve.encode.ranks import Placement
+    from gve.search.index import Index
 
 SETTING = {"frames": 8, "tokens": 200, "max_length": 8192}
 """As the benchmark shows clips to a model."""
@@ -65,22 +66,52 @@ def setting_of(arguments: argparse.Namespace, stored: Mapping[str, int] | None =
 
 
 def workers_of(arguments: argparse.Namespace) -> int:
-    """Decoding processes of this rank: one core is left to the model.
+    """Decoding processes of this rank.
 
     Raises:
         InputError: the number is negative.
     """
-    if arguments.num_workers is not None:
-        if arguments.num_workers < 0:
-            raise InputError(f"--num-workers {arguments.num_workers} must be at least 0")
-        return arguments.num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    from gve.encode.ranks import decode_workers
+
+    if arguments.num_workers is not None and arguments.num_workers < 0:
+        raise InputError(f"--num-workers {arguments.num_workers} must be at least 0")
+    return decode_workers(arguments.num_workers)
 
 
 def model_name(name: str) -> str:
     """A local path in full, so that a record still finds it from another folder; a hub name as it is."""
     return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def address_of(name: str) -> str:
+    """Where an index lies: a local folder in full, an address of object storage as it is."""
+    from gve.search.index import local
+
+    return os.path.abspath(name) if local(name) else name
+
+
+def open_asker(arguments: argparse.Namespace, index: Index) -> tuple[LoadedEncoder, str]:
+    """The encoder that turns questions to an index into vectors, and its model's name; what is not given is the index'.
+
+    Raises:
+        InputError: it cannot be opened, or its vectors do not compare with those of the index.
+    """
+    from gve.encode.ranks import Placement
+    from gve.search.indexing import check_record
+
+    record = index.record
+    arguments.num_workers = arguments.num_workers or 0  # questions need no pool
+    model = model_name(arguments.model) if arguments.model else record.model
+    encoder = open_model(
+        arguments,
+        Placement(),
+        setting_of(arguments, record.setting),
+        model=model,
+        adapter=arguments.adapter or record.adapter,
+        base=arguments.base or record.base,
+    )
+    check_record(index, encoder, record.windows, model)
+    return encoder, model
 
 
 def open_model(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gve.items import InputError
-from gve.search_cli.model import add_model_options, model_name, open_model, setting_of
+from gve.search_cli.model import add_model_options, address_of, open_asker
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,29 +71,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from gve.search.index import Index, local
+    from gve.search.index import Index
     from gve.search.query import make_query
 
     if arguments.k < 1 or (arguments.nprobes is not None and arguments.nprobes < 1):
         raise InputError("-k and --nprobes must be at least 1")
-    index = Index.open(os.path.abspath(arguments.index) if local(arguments.index) else arguments.index)
+    index = Index.open(address_of(arguments.index))
     item = make_query(arguments.text, arguments.image, arguments.clip, instruction=arguments.instruction)
-    from gve.encode.ranks import Placement
-    from gve.search.indexing import check_record
     from gve.search.query import embed_query
 
-    record = index.record
-    arguments.num_workers = arguments.num_workers or 0  # one question needs no pool
-    model = model_name(arguments.model) if arguments.model else record.model
-    encoder = open_model(
-        arguments,
-        Placement(),
-        setting_of(arguments, record.setting),
-        model=model,
-        adapter=arguments.adapter or record.adapter,
-        base=arguments.base or record.base,
-    )
-    check_record(index, encoder, record.windows, model)
+    encoder, _ = open_asker(arguments, index)
     start = time.monotonic()
     vector = embed_query(encoder, item)
     embedded = time.monotonic()
@@ -105,7 +91,7 @@ def _search(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from gve.search.page import write_page
 
-        about = {"index": index.uri, "model": record.model}
+        about = {"index": index.uri, "model": index.record.model}
         if arguments.filter:
             about["filter"] = arguments.filter
         write_page(arguments.html, item, hits, about=about, absolute=arguments.file_urls)

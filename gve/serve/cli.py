@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gve.items import InputError
-from gve.search_cli.model import add_model_options, model_name, open_model, setting_of
+from gve.search_cli.model import add_model_options, address_of, open_asker
 
 if TYPE_CHECKING:
     from aiohttp.web import Application
@@ -73,7 +73,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         from aiohttp import web  # noqa: F401
     except ImportError:
         raise InputError("gve serve needs aiohttp: pip install gve") from None
-    from gve.search.index import Index, local
+    from gve.search.index import Index
     from gve.serve.gate import is_loopback
 
     if not 0 <= arguments.port <= 65535 or arguments.max_upload_mib <= 0:
@@ -82,24 +82,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     if public and not arguments.token:
         raise InputError(f"--host {arguments.host} can be reached by others: add --token, or leave --host out")
     token = (os.environ.get(TOKEN) or secrets.token_urlsafe(24)) if arguments.token else ""
-    index = Index.open(os.path.abspath(arguments.index) if local(arguments.index) else arguments.index)
+    index = Index.open(address_of(arguments.index))
     listener = _listen(arguments.host, arguments.port)  # before minutes of loading a model
 
-    from gve.encode.ranks import Placement
-    from gve.search.indexing import check_record
-
-    record = index.record
-    arguments.num_workers = arguments.num_workers or 0  # decoding has children of its own
-    model = model_name(arguments.model) if arguments.model else record.model
-    encoder = open_model(
-        arguments,
-        Placement(),
-        setting_of(arguments, record.setting),
-        model=model,
-        adapter=arguments.adapter or record.adapter,
-        base=arguments.base or record.base,
-    )
-    check_record(index, encoder, record.windows, model)
+    encoder, model = open_asker(arguments, index)
 
     from gve.serve.app import Server
     from gve.serve.engine import Engine
@@ -107,7 +93,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     from gve.serve.library import Library
 
     server = Server(
-        Library(index.uri, record.fingerprint),
+        Library(index.uri, index.record.fingerprint),
         Engine(encoder),
         model=arguments.served_model_name or (os.path.basename(model) if os.path.exists(model) else model),
         max_upload_bytes=int(arguments.max_upload_mib * 2**20),

@@ -99,7 +99,7 @@ def _ranked_run(arguments: argparse.Namespace) -> int:
 
     from gve.encode.encoder import Execution, LoadedEncoder
     from gve.encode.pretrained import load_encoder
-    from gve.encode.ranks import joined
+    from gve.encode.ranks import decode_workers, joined
     from gve.eval.run import BenchmarkRun, RunOptions, Setting, settings_of
 
     for name in ("max_queries", "trec", "resamples", "batch_tokens", "num_workers"):
@@ -118,7 +118,7 @@ def _ranked_run(arguments: argparse.Namespace) -> int:
             dtype=arguments.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
             attention=arguments.attention,
             batch_tokens=arguments.batch_tokens,
-            num_workers=_workers(arguments.num_workers),
+            num_workers=decode_workers(arguments.num_workers),
         )
 
         def load(setting: Setting) -> LoadedEncoder:
@@ -179,14 +179,6 @@ def _sets(arguments: argparse.Namespace) -> list[RetrievalSet]:
     if arguments.max_queries is not None:
         sets = [tested.subset(arguments.max_queries, arguments.seed) for tested in sets]
     return sets
-
-
-def _workers(asked: int | None) -> int:
-    """Decoding processes of this rank: one core is left to the model."""
-    if asked is not None:
-        return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _warn_of_missing(sets: Sequence[RetrievalSet]) -> None:
