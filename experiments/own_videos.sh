@@ -34,6 +34,7 @@ done
 if [ -z "$source" ]; then usage >&2; exit 2; fi
 if [ ! -e "$source" ]; then echo "own_videos: error: $source does not exist: give a folder of videos or a csv" >&2; exit 2; fi
 source="$(realpath -- "$source")"
+if [ -d "$model" ]; then model="$(realpath -- "$model")"; fi
 out="$(realpath -m -- "${out:-runs/own_videos}")"
 cd "$(dirname "$0")/.."
 start=$SECONDS
@@ -48,6 +49,12 @@ python="${GVE_PYTHON:-python}"
 gve() { "$python" -m gve "$@"; }
 export TOKENIZERS_PARALLELISM=false
 
+step "base"
+# First, so that a model without its GPU is told before hours of captions.
+line="$("$python" -m gve.own_videos choose --model "$model")"
+IFS=$'\t' read -r config base tokens device <<< "$line"
+echo "base $base, $config, $device"
+
 step "check and split"
 "$python" -m gve.own_videos prepare "$source" "$out" --test-share "$test_share" --seed "$seed"
 
@@ -58,15 +65,15 @@ if [ -n "$captioner" ]; then
   # No rule turns a row away: these are the user's own videos, and some have no caption yet.
   settings=("input.sources=[{path: '$out/train.csv', kind: list, name: own}]" "select.rules=[]" "select.drop_share=0.0"
     "output.prefix=own_synth" "output.presample=uniform(8)")
+  settings+=("encoder.model=$base" "encoder.device=$device" "encoder.max_frame_tokens=$tokens")
   if [ "$captioner" = embedded ]; then
-    config=configs/synth/toy.yaml
-    settings+=("encoder.model=gve/toy/weights")
+    synth=configs/synth/toy.yaml
   else
-    config=configs/synth/server.yaml
+    synth=configs/synth/server.yaml
     settings+=("captioner.url=${captioner%%#*}" "captioner.model=${captioner#*#}")
-    if [ "$model" != auto ]; then settings+=("encoder.model=$model"); fi
+    if [ "$device" = cpu ]; then settings+=("encoder.dtype=float32"); fi
   fi
-  gve synth run --config "$config" --out "$out/synth" --set "${settings[@]}"
+  gve synth run --config "$synth" --out "$out/synth" --set "${settings[@]}"
 fi
 
 step "shards"
@@ -78,9 +85,7 @@ else
 fi
 
 step "recipe"
-line="$("$python" -m gve.own_videos recipe "$out" --shards "$shards" --model "$model" --passes "$passes" --seed "$seed")"
-IFS=$'\t' read -r config base tokens device <<< "$line"
-echo "base $base, $config, $device"
+"$python" -m gve.own_videos recipe "$out" --shards "$shards" --model "$model" --passes "$passes" --seed "$seed"
 
 step "before"
 "$python" -m gve.own_videos evaluate "$out" --model "$base" --to "$out/before" --tokens "$tokens" --device "$device"

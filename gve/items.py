@@ -263,11 +263,14 @@ class EmbedBatch(_Tensors):
         content_ids: [B] int64, first 8 bytes of the item's content hash; equal content has equal ids.
         valid: [B] bool, False on rows whose media could not be read: they carry an empty text, and the loss ignores
             them.
-        image_patches: [P, patch_dim] float32, normalised patches of all images in order of appearance, or None.
+        image_patches: [P, patch_dim] uint8, patches of all images in order of appearance, or None. They travel as
+            bytes and are normalised where the tower runs (`gve.inputs.normalised`): a quarter of the memory shared
+            with loader workers and of the copy to the device.
         image_grid: [images, 3] int64, (t, h, w) in patches, or None.
         image_keys: a key per image; equal keys have equal pixels, so the tower may run once for them.
         image_rows: row of the batch that each image stands in; rising.
         video_patches, video_grid, video_keys, video_rows: the same for videos.
+        pixel_mean, pixel_std: of the three colours on a scale of 0 to 1, for both kinds of patches.
     """
 
     input_ids: torch.Tensor
@@ -284,6 +287,8 @@ class EmbedBatch(_Tensors):
     video_grid: torch.Tensor | None = None
     video_keys: tuple[str, ...] = ()
     video_rows: tuple[int, ...] = ()
+    pixel_mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    pixel_std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from gve.inputs.patches import PIXEL_MEAN, PIXEL_STD
 from gve.items import EmbedBatch, InputError
 from gve.model.backbone import ARCHITECTURES, Backbone, Lora
 from tiny import END, IMAGE, PAD, START, VIDEO
@@ -23,7 +24,8 @@ ROWS: list[list[Any]] = [[5, 6, 7, 8], [1, CAT, 2, 3], [9, CLIP, 4], [CLIP, 11, 
 
 
 def pixels(key: str, grid: tuple[int, int, int]) -> torch.Tensor:
-    return torch.randn(grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(len(key)))
+    noise = torch.Generator().manual_seed(len(key))
+    return torch.randint(256, (grid[0] * grid[1] * grid[2], 3 * 2 * 14 * 14), generator=noise, dtype=torch.uint8)
 
 
 def make_batch(base: str, rows: list[list[Any]] = ROWS, side: str = "right") -> EmbedBatch:
@@ -66,6 +68,8 @@ def make_batch(base: str, rows: list[list[Any]] = ROWS, side: str = "right") -> 
         video_patches=patches["video"],
         video_grid=grids["video"],
         video_keys=tuple(key for key, _ in media["video"]),
+        pixel_mean=PIXEL_MEAN,
+        pixel_std=PIXEL_STD,
     )
 
 
@@ -75,13 +79,18 @@ def stock(base: str) -> transformers.Qwen2_5_VLModel:
 
 def stock_embeddings(model: transformers.Qwen2_5_VLModel, batch: EmbedBatch, **changes: Any) -> torch.Tensor:
     """Plain transformers fed the same ids, patches and positions: full masks, full layers, the tower inside."""
+    mean, std = (torch.tensor(values).view(3, 1) for values in (PIXEL_MEAN, PIXEL_STD))
+    images, videos = (
+        None if levels is None else ((levels.view(-1, 3, 392) / 255 - mean) / std).flatten(1)
+        for levels in (batch.image_patches, batch.video_patches)
+    )
     states = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=changes.get("position_ids", batch.position_ids),
-        pixel_values=batch.image_patches,
+        pixel_values=images,
         image_grid_thw=batch.image_grid,
-        pixel_values_videos=batch.video_patches,
+        pixel_values_videos=videos,
         video_grid_thw=batch.video_grid,
     ).last_hidden_state
     pooled = states[torch.arange(len(batch)), changes.get("pool_index", batch.pool_index)]

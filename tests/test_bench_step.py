@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gve.bench import accelerator, loss, step
 from gve.bench.measure import Contest, Gauge, Options, UnequalError, hold, largest_difference
 from gve.items import InputError
+from gve.model.gradcache import embed_groups, groups_of
 
 SMALL = replace(step.LOADS["tiny"], pairs=6, chunk_tokens=192)
 
@@ -82,6 +83,30 @@ def test_contests_are_held(options: Options) -> None:
         hold(replace(other, contestants=wrong), 1)
 
 
+def test_groups_by_length_change_nothing_but_the_padding() -> None:
+    """Rows run with their like: same embeddings in the order of the rows, at most a sixteenth of padding each."""
+    module = step.embedder(step.BASES["tiny"], "float32")
+    batch = step.train_batch(config(), replace(SMALL, pairs=12))
+    sides = [batch.query, batch.target]
+    features = module.backbone.media_features(*sides)
+    groups = groups_of(sides, 1 / 16)
+    assert len(groups) > 2
+    for number, side in enumerate(sides):
+        tokens = int(side.attention_mask.sum())
+        own = [group for group in groups if group.side == number]
+        assert sorted(int(row) for group in own for row in group.rows) == list(range(12))
+        for group in own:
+            mask = group.batch.attention_mask
+            assert mask.numel() - int(mask.sum()) <= tokens / 16
+    with torch.no_grad():
+        rows = embed_groups(lambda side: module.backbone(side, features), groups)
+        whole = [module.backbone(side, features) for side in sides]
+    assert largest_difference(rows, whole) < 1e-5
+    # Negative control: groups in another order than the rows.
+    assert largest_difference([rows[0].flip(0), rows[1]], whole) > 0.01
+    assert len(groups_of(sides, float("inf"))) == 2
+
+
 def test_flops_of_a_3b_step_by_hand() -> None:
     """One pair of 3B, 125 and 825 tokens: twice the layers' parameters per token; LoRA and scores are the rest."""
     load = replace(accelerator.LOADS["3b"], pairs=1)
@@ -125,7 +150,7 @@ def counted(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def test_meters_of_a_rig() -> None:
+def test_meters_of_a_rig(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flops are those that torch counts; a forced LM head lowers the utilisation, random lengths raise the padding."""
     load = replace(accelerator.LOADS["tiny"], pairs=3)
     rig = accelerator.Rig("tiny", "cpu", load, checkpointing=False)
@@ -151,7 +176,9 @@ def test_meters_of_a_rig() -> None:
     assert rig.shares()["padding"] == 0
     ragged = accelerator.Rig("tiny", "cpu", replace(load, text_tokens=(4, 90), pairs=8))
     shares = ragged.shares()
-    assert 0.05 < shares["padding"] < 0.6
+    assert 0 < shares["padding"] < 0.1
+    monkeypatch.setattr("gve.model.embedder.GROUP_PADDING", float("inf"))
+    assert 0.2 < ragged.shares()["padding"] < 0.6
     assert 0.5 < shares["tower"] + shares["decoder"] + shares["loss"] <= 1
 
 

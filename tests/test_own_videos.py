@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +28,11 @@ from gve.items import InputError, Item
 from gve.own_videos.evaluation import evaluate_own, held_out_sets
 from gve.own_videos.recipe import choose, write_recipe
 from gve.own_videos.videos import OwnVideo, caption_of_name, prepare, read_split
+from gve.synth.schemas import CHARS_PER_WORD
 from gve.toy.base import EMBEDDED
 from gve.toy.render import encode
 from gve.video import Sampling
+from synth_server import Seen, SynthServer, instance
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = "a <script>alert(1)<script>\n\"red\" 'bud' ..mp4"
@@ -279,3 +284,37 @@ def test_fewer_than_four_videos_end_in_one_line(clips: list[Path], tmp_path: Pat
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if "error" in line] == done.stderr.splitlines()[-1:]
     assert "3 different videos of 3 files can be used, 4 are needed" in done.stderr
+
+
+def of_right_length(seen: Seen) -> Any:
+    """Two thirds of the words that a slot may have, with what the rules of each kind of text ask for."""
+
+    def fill(schema: dict[str, Any]) -> Any:
+        if schema["type"] == "object":
+            return {key: fill(value) for key, value in schema["properties"].items()}
+        if schema["type"] == "string":
+            words = 2 * schema["maxLength"] // (3 * CHARS_PER_WORD)
+            return " ".join(["like", "this,", *["dog"] * (words - 2)])
+        return instance(schema, seen.id)
+
+    return fill(seen.body["response_format"]["json_schema"]["schema"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_captions_of_a_server_are_what_is_tuned_on(clips: list[Path], tmp_path: Path) -> None:
+    """Without any caption of one's own: all texts are the server's. The tiny base stands where the base would."""
+    out = tmp_path / "out"
+
+    async def run() -> tuple[subprocess.CompletedProcess[str], Counter[str]]:
+        async with SynthServer(answer=of_right_length, remember=False) as server:
+            words = (clips[0].parent, out, "--captioner", f"{server.url}#toy", "--test-share", "0.3", "--passes", "2")
+            return await asyncio.to_thread(script, *words), server.attempts
+
+    done, asked = asyncio.run(run())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(asked) >= 5  # one for each training video at least
+    tasks = {source.record.task for source in open_sources(str(out / "synth" / "shards")).values()}
+    assert {"T2V", "T2T", "T2I"} <= tasks
+    assert (out / "model" / "gve.json").exists()
+    assert "own-I2V" in (out / "comparison.txt").read_text()

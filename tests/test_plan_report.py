@@ -94,7 +94,7 @@ def clips() -> EmbedBatch:
         pool_index=torch.full((ROWS,), LENGTH - 1),
         content_ids=torch.arange(ROWS),
         valid=torch.ones(ROWS, dtype=torch.bool),
-        video_patches=torch.randn(ROWS * tokens * 4, 3 * 2 * 14 * 14),
+        video_patches=torch.zeros(ROWS * tokens * 4, 3 * 2 * 14 * 14, dtype=torch.uint8),
         video_grid=torch.tensor([GRID] * ROWS),
         video_keys=tuple("abc"),
     )

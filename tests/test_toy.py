@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from gve.data.curriculum import TASKS
 from gve.data.manifest import Manifest
 from gve.eval.uvrb import SETS, UVRBReader
-from gve.inputs import InputBuilder, InputPolicy
+from gve.inputs import InputBuilder, InputPolicy, normalised
 from gve.items import InputError
 from gve.model.backbone import Backbone
 from gve.toy import captions, families
@@ -361,7 +361,9 @@ def test_the_base_is_the_real_class_with_its_special_tokens(world):
     builder = InputBuilder.from_base(str(world / "base"), InputPolicy(sampling=Sampling.uniform(8)))
     test_set = UVRBReader(world / "uvrb").read("MSRVTT")
     batch = builder(test_set.corpus[:2])
-    tokens = model.visual(batch.video_patches, grid_thw=batch.video_grid).pooler_output
+    assert batch.video_patches is not None
+    patches = normalised(batch.video_patches, batch.pixel_mean, batch.pixel_std)
+    tokens = model.visual(patches, grid_thw=batch.video_grid).pooler_output
     tokens = torch.cat(list(tokens)) if isinstance(tokens, (tuple, list)) else tokens
     assert tokens.shape == (2 * 4 * 9, model.config.text_config.hidden_size)  # 8 frames in pairs, 3 x 3 cells
     assert 0.02 < tokens.std().item() < 5

@@ -71,7 +71,8 @@ def texts(rows: list[int], spread: int = 0) -> EmbedBatch:
 def clips(rows: list[int]) -> EmbedBatch:
     """Row i shows the clip i: 2 grid steps of 2 x 2 patches, one token each."""
     ids = torch.tensor([[1, START, VIDEO, VIDEO, END, 2]] * len(rows))
-    patches = [torch.randn(8, 1176, generator=torch.Generator().manual_seed(row)) for row in rows]
+    seeds = [torch.Generator().manual_seed(row) for row in rows]
+    patches = [torch.randint(256, (8, 1176), generator=seed, dtype=torch.uint8) for seed in seeds]
     return EmbedBatch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

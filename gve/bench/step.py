@@ -21,7 +21,7 @@ from torch import nn
 
 from gve.bench.measure import Aim, Contest, Options, Trial
 from gve.inputs.builder import Prepared, collate
-from gve.inputs.patches import VisionInput
+from gve.inputs.patches import VisionInput, normalised
 from gve.inputs.policy import VisionGeometry
 from gve.inputs.positions import VisionSpan, mrope_positions
 from gve.items import EmbedBatch, InputError, TrainBatch
@@ -87,7 +87,7 @@ def texts_and_clips(config: Any, load: Load, seed: int = 0) -> tuple[list[Prepar
         steps = min(max(round(drawn(*load.clip_s)) // 2, 1), 4)
         grid = (steps, *load.frame_grid)
         tokens = geometry.tokens(grid)
-        patches = torch.randn(math.prod(grid), patch_values, generator=pixels)
+        patches = torch.randint(256, (math.prod(grid), patch_values), generator=pixels, dtype=torch.uint8)
         times = torch.arange(steps).numpy() * SECOND_PER_GRID
         head = [draw.randrange(words) for _ in range(15)] + [geometry.vision_start]
         tail = [geometry.vision_end] + [draw.randrange(words) for _ in range(TEMPLATE - 17)]
@@ -143,7 +143,8 @@ def stock_inputs(config: Any, batch: EmbedBatch) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.video_grid is not None:
         inputs["mm_token_type_ids"] = 2 * (batch.input_ids == config.video_token_id).int()
-        inputs["pixel_values_videos"] = batch.video_patches
+        assert batch.video_patches is not None
+        inputs["pixel_values_videos"] = normalised(batch.video_patches, batch.pixel_mean, batch.pixel_std)
         inputs["video_grid_thw"] = batch.video_grid
         inputs["second_per_grid_ts"] = torch.full((len(batch.video_grid),), SECOND_PER_GRID).to(batch.video_grid.device)
     return inputs

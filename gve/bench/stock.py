@@ -149,7 +149,7 @@ def mean_difference(ours: EmbedBatch, theirs: Any) -> float:
 
 
 def _levels(ours: EmbedBatch, theirs: Any, fold: Any) -> float:
-    from gve.inputs.patches import PIXEL_STD
+    from gve.inputs.patches import PIXEL_STD, normalised
 
     mask = ours.attention_mask
     if mask.shape != theirs["attention_mask"].shape or not torch.equal(mask, theirs["attention_mask"]):
@@ -162,7 +162,8 @@ def _levels(ours: EmbedBatch, theirs: Any, fold: Any) -> float:
     if not torch.equal(grid, theirs["video_grid_thw"]):
         return float("inf")
     std = torch.tensor(PIXEL_STD).view(3, 1)
-    levels = (patches - theirs["pixel_values_videos"]).view(len(patches), 3, -1).abs() * std * 255
+    pixels = normalised(patches, ours.pixel_mean, ours.pixel_std)
+    levels = (pixels - theirs["pixel_values_videos"]).view(len(patches), 3, -1).abs() * std * 255
     return float(fold(levels))
 
 

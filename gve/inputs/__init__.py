@@ -5,7 +5,7 @@ their inputs here, from one `InputPolicy` that is stored with every checkpoint.
 """
 
 from gve.inputs.builder import InputBuilder, Prepared, collate
-from gve.inputs.patches import VisionInput, cut, patchify, smart_size
+from gve.inputs.patches import VisionInput, cut, normalised, patchify, smart_size
 from gve.inputs.policy import InputPolicy, VisionGeometry
 from gve.inputs.positions import VisionSpan, grid_times, mrope_positions
 
@@ -20,6 +20,7 @@ __all__ = [
     "cut",
     "grid_times",
     "mrope_positions",
+    "normalised",
     "patchify",
     "smart_size",
 ]

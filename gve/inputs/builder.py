@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from gve import video
-from gve.inputs.patches import VisionInput, cut, smart_size
+from gve.inputs.patches import PIXEL_MEAN, PIXEL_STD, VisionInput, cut, smart_size
 from gve.inputs.policy import InputPolicy, PaddingSide, VisionGeometry
 from gve.inputs.positions import VisionSpan, grid_times, mrope_positions
 from gve.items import EmbedBatch, Frames, Image, InputError, Item, Video
@@ -130,17 +130,16 @@ class InputBuilder:
         """
         seen = [self._see(part) for part in item.media]
         ids, spans, cut = self._prompt(item, [span for _, span in seen])
-        tensor = torch.tensor(ids, dtype=torch.int64)
         images, videos = (
             tuple(vision for (vision, _), part in zip(seen, item.media, strict=True) if isinstance(part, kind))
             for kind in (Image, Video)
         )
         for token, visions in ((self.geometry.image_token, images), (self.geometry.video_token, videos)):
-            holders, features = int((tensor == token).sum()), sum(self.geometry.tokens(v.grid) for v in visions)
+            holders, features = ids.count(token), sum(self.geometry.tokens(v.grid) for v in visions)
             if holders != features:
                 raise InputError(f"item {item.id!r}: {holders} placeholders of id {token} for {features} features")
         return Prepared(
-            ids=tensor,
+            ids=torch.tensor(ids, dtype=torch.int64),
             positions=mrope_positions(spans, self.geometry, self.policy.positions),
             images=images,
             videos=videos,
@@ -189,8 +188,13 @@ class InputBuilder:
         return self.collate([self.prepare(item) for item in items])
 
     def _encode(self, text: str) -> list[int]:
-        # split_special_tokens: "<|im_end|>" written by a user becomes ordinary tokens and cannot end the turn.
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # The Rust tokenizer itself: transformers' call around it costs as much again. It keeps what its last caller set.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        # "<|im_end|>" written by a user becomes ordinary tokens and cannot end the turn.
+        backend.encode_special_tokens = True
+        return backend.encode(text, add_special_tokens=False).ids
 
     def _prompt(self, item: Item, visions: Sequence[VisionSpan]) -> tuple[list[int], list[int | VisionSpan], int]:
         """(token ids, the same as spans for positions, text tokens cut) of an item whose media have these spans."""
@@ -283,7 +287,7 @@ def collate(prepared: Sequence[Prepared], pad_token: int, padding_side: PaddingS
         padding_side: where it stands.
 
     Raises:
-        InputError: nothing to join.
+        InputError: nothing to join, or pictures of models that scale colours in different ways.
     """
     if not prepared:
         raise InputError("a batch needs at least one item")
@@ -300,6 +304,10 @@ def collate(prepared: Sequence[Prepared], pad_token: int, padding_side: PaddingS
         positions[:, row, place] = one.positions
     images = [vision for one in prepared for vision in one.images]
     videos = [vision for one in prepared for vision in one.videos]
+    colours = {(vision.pixel_mean, vision.pixel_std) for vision in (*images, *videos)}
+    if len(colours) > 1:
+        raise InputError("pictures of one batch must be of one model: their colours are scaled in different ways")
+    mean, std = next(iter(colours), (PIXEL_MEAN, PIXEL_STD))
     return EmbedBatch(
         input_ids=ids,
         attention_mask=mask,
@@ -315,27 +323,26 @@ def collate(prepared: Sequence[Prepared], pad_token: int, padding_side: PaddingS
         video_grid=torch.tensor([vision.grid for vision in videos]) if videos else None,
         video_keys=tuple(vision.key for vision in videos),
         video_rows=tuple(row for row, one in enumerate(prepared) for _ in one.videos),
+        pixel_mean=mean,
+        pixel_std=std,
     )
 
 
 def _joined(visions: Sequence[VisionInput]) -> torch.Tensor | None:
-    """Patches of all of them, normalised into one tensor.
+    """Patches of all of them in one tensor of bytes.
 
     In a loader's worker it lies in shared memory from the start, as with torch's own collation: it is by far the
     largest thing that the training process gets, and would else be copied into shared memory when it is sent.
     """
     if not visions:
         return None
-    counts = [len(vision.levels) for vision in visions]
-    shape = (sum(counts), visions[0].levels.shape[1])
+    shape = (sum(len(vision.levels) for vision in visions), visions[0].levels.shape[1])
     if get_worker_info() is None:
-        whole = torch.empty(shape, dtype=torch.float32)
+        whole = torch.empty(shape, dtype=torch.uint8)
     else:
-        shared = torch.UntypedStorage._new_shared(4 * math.prod(shape), device="cpu")
-        whole = torch.empty(0, dtype=torch.float32).set_(shared, 0, shape)  # type: ignore[call-overload]
-    for vision, part in zip(visions, whole.split(counts), strict=True):
-        vision.write(part)
-    return whole
+        shared = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+        whole = torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)  # type: ignore[call-overload]
+    return torch.cat([vision.levels for vision in visions], out=whole)
 
 
 def _file(part: Video) -> str | Path | bytes:

@@ -1,4 +1,4 @@
-"""Pixels -> normalised patches: what transformers' Qwen2-VL image and video processors do, without torchvision.
+"""Pixels -> patches -> normalised patches: what transformers' Qwen2-VL processors do, without torchvision.
 
 The resize is torch's fixed-point uint8 bicubic with antialiasing: the kernel that torchvision, and with it the default
 processors, run on uint8 tensors. Like Pillow it rounds and clips to uint8 after the first pass, so it is within 1 of
@@ -10,6 +10,7 @@ noise, 13 on photographs, and 20 times the cost.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,13 +26,13 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT = 200
 
 
-# Rows that are widened and normalised at a time: 1.2 MB of float32, which stay in the cache between the passes.
+# Rows that a CPU widens and normalises at a time: 1.2 MB of float32, which stay in the cache between the passes.
 _ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
 class VisionInput:
-    """One image or clip, cut into patches; they are normalised where a batch is written, once.
+    """One image or clip, cut into patches that are not normalised yet.
 
     Args:
         levels: [t*h*w, 3 * temporal_patch * patch**2] uint8.
@@ -48,16 +49,28 @@ class VisionInput:
 
     @property
     def patches(self) -> torch.Tensor:
-        """[t*h*w, 3 * temporal_patch * patch**2] float32, normalised, ready for the tower."""
-        return self.write(torch.empty(self.levels.shape, dtype=torch.float32))
+        """[t*h*w, 3 * temporal_patch * patch**2] float32, normalised, as processors of transformers give them."""
+        return normalised(self.levels, self.pixel_mean, self.pixel_std)
 
-    def write(self, out: torch.Tensor) -> torch.Tensor:
-        """Writes the normalised patches into a float32 tensor of the shape of `levels`, and returns it."""
-        mean = torch.tensor(self.pixel_mean, dtype=torch.float32).view(3, 1) * 255
-        std = torch.tensor(self.pixel_std, dtype=torch.float32).view(3, 1) * 255
-        for some, levels in zip(out.split(_ROWS), self.levels.split(_ROWS), strict=True):
-            some.copy_(levels).view(len(some), 3, -1).sub_(mean).div_(std)
-        return out
+
+def normalised(levels: torch.Tensor, pixel_mean: Sequence[float], pixel_std: Sequence[float]) -> torch.Tensor:
+    """What the tower reads, on the device of the bytes.
+
+    Args:
+        levels: [P, 3 * temporal_patch * patch**2] uint8, a colour after the other.
+        pixel_mean, pixel_std: of the three colours on a scale of 0 to 1.
+
+    Returns:
+        [P, 3 * temporal_patch * patch**2] float32: (levels / 255 - mean) / std.
+    """
+    whole = torch.empty(levels.shape, dtype=torch.float32, device=levels.device)
+    rows = _ROWS if levels.device.type == "cpu" else max(len(levels), 1)
+    # Plain numbers, rounded to float32: a tensor of three would be copied to the device in every call.
+    mean, std = ((255 * torch.tensor(values, dtype=torch.float32)).tolist() for values in (pixel_mean, pixel_std))
+    for some, part in zip(whole.split(rows), levels.split(rows), strict=True):
+        for colour, one in enumerate(some.copy_(part).view(len(some), 3, -1).unbind(1)):
+            one.sub_(mean[colour]).div_(std[colour])
+    return whole
 
 
 def smart_size(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -143,4 +156,4 @@ def patchify(
         InputError: as `cut`.
     """
     levels, grid = cut(frames, height, width, geometry)
-    return VisionInput(levels, grid, "").patches, grid
+    return normalised(levels, PIXEL_MEAN, PIXEL_STD), grid

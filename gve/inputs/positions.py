@@ -75,6 +75,8 @@ def mrope_positions(
     Returns:
         [3, L] int64: time, height, width.
     """
+    if not any(isinstance(span, VisionSpan) for span in spans):
+        return torch.arange(sum(spans)).expand(3, -1)  # type: ignore[arg-type]
     pieces: list[np.ndarray] = []
     start = 0
     for span in spans:
@@ -92,4 +94,4 @@ def mrope_positions(
         else:
             pieces.append(np.broadcast_to(np.arange(start, start + span), (3, span)))
             start += span
-    return torch.from_numpy(np.concatenate(pieces, axis=1)) if pieces else torch.empty(3, 0, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate(pieces, axis=1))

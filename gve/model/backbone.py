@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from gve.inputs import normalised
 from gve.items import EmbedBatch, InputError
 from gve.model.clock import CLOCK
 
@@ -161,7 +162,7 @@ class Backbone(nn.Module):
         features: dict[tuple[str, str], torch.Tensor] = {}
         fresh: list[_Picture] = []
         for batch in batches:
-            for kind, keys, pixels, grid in _media(batch):
+            for kind, keys, pixels, grid, colours in _media(batch):
                 sizes = grid.prod(-1).tolist()
                 for key, piece, shape, size in zip(keys, pixels.split(sizes), grid, sizes, strict=True):
                     name = (kind, key)
@@ -172,11 +173,12 @@ class Backbone(nn.Module):
                         self._cache.move_to_end(name)
                         features[name] = self._cache[name].to(piece.device)
                         continue
-                    fresh.append(_Picture(name, piece, shape, size // merge))
+                    fresh.append(_Picture(name, piece, shape, size // merge, colours))
         for group in _groups(fresh, max_tokens):
-            names, pieces, shapes, tokens = zip(*group, strict=True)
+            names, pieces, shapes, tokens, _ = zip(*group, strict=True)
+            mean, std = group[0].colours  # pictures of one model have the same
             with CLOCK.phase("tower"), torch.set_grad_enabled(self.tower_trains and torch.is_grad_enabled()):
-                patches = torch.cat(pieces).to(self.model.visual.dtype)
+                patches = normalised(torch.cat(pieces), mean, std).to(self.model.visual.dtype)
                 merged = self.model.visual(patches, grid_thw=torch.stack(shapes)).pooler_output
             for name, rows in zip(names, merged.split(tokens), strict=True):
                 features[name] = rows
@@ -337,11 +339,16 @@ def check_same_weights(expected: Mapping[str, torch.Size], state: Mapping[str, t
         )
 
 
+_Colours = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation
+_Media = tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor, _Colours]  # kind, keys, patches, grids
+
+
 class _Picture(NamedTuple):
     name: tuple[str, str]
     patches: torch.Tensor
     grid: torch.Tensor
     tokens: int
+    colours: _Colours
 
 
 def _groups(pictures: list[_Picture], max_tokens: int) -> Iterator[list[_Picture]]:
@@ -356,11 +363,14 @@ def _groups(pictures: list[_Picture], max_tokens: int) -> Iterator[list[_Picture
         yield group
 
 
-def _media(batch: EmbedBatch | None) -> Iterator[tuple[str, tuple[str, ...], torch.Tensor, torch.Tensor]]:
-    if batch is not None and batch.image_patches is not None and batch.image_grid is not None:
-        yield "image", batch.image_keys, batch.image_patches, batch.image_grid
-    if batch is not None and batch.video_patches is not None and batch.video_grid is not None:
-        yield "video", batch.video_keys, batch.video_patches, batch.video_grid
+def _media(batch: EmbedBatch | None) -> Iterator[_Media]:
+    if batch is None:
+        return
+    colours = (batch.pixel_mean, batch.pixel_std)
+    if batch.image_patches is not None and batch.image_grid is not None:
+        yield "image", batch.image_keys, batch.image_patches, batch.image_grid, colours
+    if batch.video_patches is not None and batch.video_grid is not None:
+        yield "video", batch.video_keys, batch.video_patches, batch.video_grid, colours
 
 
 @contextmanager

@@ -20,10 +20,12 @@ import gve
 from gve.inputs import InputPolicy
 from gve.items import EmbedBatch, InputError, TrainBatch
 from gve.model.backbone import Backbone, Lora, check_same_weights
-from gve.model.gradcache import grad_cache
+from gve.model.gradcache import embed_groups, grad_cache, groups_of
 from gve.model.infonce import Contrast, HardNegatives, InfoNCE, info_nce
 from gve.model.sharding import shard
 
+GROUP_PADDING = 1 / 16
+"""Padding of rows that run together, at most, as a share of their side. Smaller groups keep a device less busy."""
 DevKey = tuple[str, int, int]
 """(source, pass, position) of a dev pair."""
 
@@ -195,7 +197,9 @@ class VideoEmbedder(L.LightningModule):
         features = self.backbone.media_features(*sides, max_tokens=self.chunk_tokens)
         embed, loss = partial(self.backbone, features=features), partial(self._loss, batch)
         if not self.chunk_tokens:
-            return loss(*map(embed, sides))
+            # With sharded weights every forward is a collective, so all ranks need as many: one for each side.
+            padding = math.inf if self.backbone.shards else GROUP_PADDING
+            return loss(*embed_groups(embed, groups_of(sides, padding)))
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return grad_cache(embed, sides, loss, trained, max_tokens=self.chunk_tokens, seed=batch.seed)
 

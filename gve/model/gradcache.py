@@ -87,20 +87,53 @@ def grad_cache(
 
 def chunks_of(sides: Sequence[EmbedBatch], max_tokens: int) -> list[Chunk]:
     """Cuts every side into chunks of rows of like length, the longest first: what does not fit fails at once."""
+
+    def fits(lengths: list[int], number: int) -> bool:
+        return len(lengths) * lengths[0] <= max_tokens
+
+    return _cut(sides, fits)
+
+
+def groups_of(sides: Sequence[EmbedBatch], padding: float) -> list[Chunk]:
+    """Cuts every side into groups of rows of like length: as few as keep the padding of each at a share of the side.
+
+    Args:
+        sides: batches whose pictures have been seen.
+        padding: of a group, as a share of the tokens of its side.
+    """
+    room = [padding * float(side.attention_mask.sum()) for side in sides]
+
+    def fits(lengths: list[int], number: int) -> bool:
+        return len(lengths) * lengths[0] - sum(lengths) <= room[number]
+
+    return _cut(sides, fits)
+
+
+def _cut(sides: Sequence[EmbedBatch], fits: Callable[[list[int], int], bool]) -> list[Chunk]:
+    """Groups of rows of each side by falling length; a row that no longer fits, or fits nowhere, begins a group."""
     chunks = []
     for number, side in enumerate(sides):
-        # Both passes have the tower's features at hand; the patches, by far the most of a batch, need not be cut up.
+        # The tower's features are at hand; the patches, by far the most of a batch, need not be cut up.
         side = replace(side, image_patches=None, video_patches=None)
         lengths = side.attention_mask.sum(1).tolist()
         groups: list[list[int]] = []
         for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
+            if groups and fits([lengths[one] for one in groups[-1]] + [lengths[row]], number):
                 groups[-1].append(row)
             else:
                 groups.append([row])
         device = side.input_ids.device
         chunks += [Chunk(number, torch.tensor(group, device=device), take(side, group)) for group in groups]
     return chunks
+
+
+def embed_groups(embed: Callable[[EmbedBatch], torch.Tensor], groups: Sequence[Chunk]) -> list[torch.Tensor]:
+    """Embeds all rows with their graph, group by group: one [B, D] for each side, rows in order."""
+    sides: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for group in groups:
+        sides.setdefault(group.side, []).append((group.rows, embed(group.batch)))
+    joined = [tuple(map(torch.cat, zip(*parts, strict=True))) for _, parts in sorted(sides.items())]
+    return [rows[places.argsort()] for places, rows in joined]
 
 
 def take(batch: EmbedBatch, rows: Sequence[int]) -> EmbedBatch:

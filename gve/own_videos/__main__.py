@@ -1,4 +1,4 @@
-"""`python -m gve.own_videos prepare | recipe | evaluate | files`: the steps of experiments/own_videos.sh."""
+"""`python -m gve.own_videos prepare | choose | recipe | evaluate | files`: the steps of experiments/own_videos.sh."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from gve.items import InputError
 from gve.own_videos.videos import prepare, read_split
 
+EMBEDDED = Path(__file__).resolve().parent.parent / "toy" / "weights"
 _NAMED = 5  # rejected files told on the terminal; all of them stand in split.json
 
 
@@ -28,7 +29,9 @@ def main(argv: Sequence[str]) -> int:
     first.add_argument("out", type=Path)
     first.add_argument("--test-share", type=float, default=0.2, help="of the videos held out (default 0.2)")
     first.add_argument("--seed", type=int, default=0)
-    second = steps.add_parser("recipe", help="the overlay for gve fit; prints config, model, tokens and device")
+    chosen = steps.add_parser("choose", help="the base for this machine; prints config, model, tokens and device")
+    chosen.add_argument("--model", default="auto")
+    second = steps.add_parser("recipe", help="the overlay for gve fit")
     second.add_argument("out", type=Path)
     second.add_argument("--shards", type=Path, required=True)
     second.add_argument("--model", default="auto")
@@ -43,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     fourth = steps.add_parser("files", help="usable files, each ended by a zero byte")
     fourth.add_argument("out", type=Path)
     arguments = parser.parse_args(argv)
-    return {"prepare": _prepare, "recipe": _recipe, "evaluate": _evaluate, "files": _files}[arguments.step](arguments)
+    step = {"prepare": _prepare, "choose": _choose, "recipe": _recipe, "evaluate": _evaluate, "files": _files}
+    return step[arguments.step](arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -63,14 +67,20 @@ def _prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _choose(arguments: argparse.Namespace) -> int:
+    from gve.own_videos.recipe import choose
+
+    recipe = choose(arguments.model, EMBEDDED)
+    print(f"{recipe.config}\t{recipe.model}\t{recipe.tokens}\t{recipe.device}")
+    return 0
+
+
 def _recipe(arguments: argparse.Namespace) -> int:
     from gve.own_videos.recipe import choose, write_recipe
 
-    embedded = Path(__file__).resolve().parent.parent / "toy" / "weights"
-    recipe = choose(arguments.model, embedded)
+    recipe = choose(arguments.model, EMBEDDED)
     told = write_recipe(arguments.out, arguments.shards, recipe, passes=arguments.passes, seed=arguments.seed)
-    print(f"{told['pairs']} pairs, {told['batch']} a step, 3 x {told['steps_per_epoch']} steps", file=sys.stderr)
-    print(f"{recipe.config}\t{recipe.model}\t{recipe.tokens}\t{recipe.device}")
+    print(f"{told['pairs']} pairs, {told['batch']} a step, 3 x {told['steps_per_epoch']} steps")
     return 0
 
 

@@ -16,7 +16,17 @@ import transformers
 from gve.encode.mllm.prompt import expanded, fitted, plain, user_turn
 from gve.encode.mllm.recipes import Recipe, Turn
 from gve.encode.mllm.settings import Settings
-from gve.inputs import Prepared, VisionGeometry, VisionInput, VisionSpan, collate, cut, mrope_positions, smart_size
+from gve.inputs import (
+    Prepared,
+    VisionGeometry,
+    VisionInput,
+    VisionSpan,
+    collate,
+    cut,
+    mrope_positions,
+    normalised,
+    smart_size,
+)
 from gve.inputs.patches import PIXEL_MEAN, PIXEL_STD
 from gve.items import EmbedBatch, Frames, Image, InputError, Item, Video
 
@@ -99,12 +109,16 @@ class QwenReader:
 
     def states(self, model: transformers.PreTrainedModel, batch: EmbedBatch) -> torch.Tensor:
         """[B, L, D] states after the final norm. Padding stands on the right, where causal attention never looks."""
+        images, videos = (
+            None if levels is None else normalised(levels, batch.pixel_mean, batch.pixel_std)
+            for levels in (batch.image_patches, batch.video_patches)
+        )
         return model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            pixel_values=batch.image_patches,
+            pixel_values=images,
             image_grid_thw=batch.image_grid,
-            pixel_values_videos=batch.video_patches,
+            pixel_values_videos=videos,
             video_grid_thw=batch.video_grid,
             use_cache=False,
         ).last_hidden_state
