@@ -188,7 +188,7 @@ class InputBuilder:
         return self.collate([self.prepare(item) for item in items])
 
     def _encode(self, text: str) -> list[int]:
-        # The Rust tokenizer itself: transformers' call around it costs as much again. It keeps what its last caller set.
+        # The Rust tokenizer itself: transformers' call around it costs as much again. Its last caller's settings stay.
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
