@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,19 +17,25 @@ import pytest
 import torch
 from PIL import Image as PILImage
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gve.inputs import (
     InputBuilder,
     InputPolicy,
+    Prepared,
     VisionGeometry,
+    VisionInput,
     VisionSpan,
+    collate,
+    cut,
     grid_times,
     mrope_positions,
     normalised,
     patchify,
     smart_size,
 )
+from gve.inputs.patches import PIXEL_MEAN, PIXEL_STD
 from gve.items import Frames, Image, InputError, Item, Text, Video
 from gve.video import MediaError, Sampling
 
@@ -589,3 +596,44 @@ def test_tokenizer_loads_like_any_base(tmp_path: Path) -> None:
     loaded = InputBuilder.from_base(str(tmp_path), InputPolicy(system_prompt="S"))
     items = golden_items("mixed")
     assert torch.equal(loaded(items).input_ids, builder()(items).input_ids)
+
+
+# ------------------------------------------------------------------------------------------------------------ workers
+
+
+class Joined(IterableDataset):
+    """The same pictures, joined three times."""
+
+    def __init__(self, visions: list[VisionInput]) -> None:
+        self.visions = visions
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        for _ in range(3):
+            joined = collate([Prepared(torch.ones(1, dtype=torch.int64), torch.ones(3, 1), (), tuple(self.visions))], 0)
+            assert joined.video_patches is not None
+            assert joined.video_patches.dtype == torch.uint8
+            yield (
+                normalised(joined.video_patches, joined.pixel_mean, joined.pixel_std),
+                joined.video_patches.is_shared(),
+            )
+
+
+def test_patches_written_in_a_worker_equal_the_obvious_form() -> None:
+    """Bit for bit: resize, gather by torch's strides, widen, normalise; and they are born in shared memory."""
+    frames = np.random.default_rng(0).integers(0, 256, (4, 100, 90, 3), dtype=np.uint8)
+    pixels = torch.nn.functional.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2), (56, 84), mode="bicubic", antialias=True
+    )
+    blocks = pixels.reshape(2, 2, 3, 2, 2, 14, 3, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(48, 3, 392)
+    mean, std = (torch.tensor(values).view(3, 1) * 255 for values in (PIXEL_MEAN, PIXEL_STD))
+    obvious = ((blocks.float() - mean) / std).flatten(1)
+    vision = VisionInput(*cut(frames, 56, 84, VisionGeometry()), "clip")
+    assert torch.equal(vision.patches, obvious)
+    found = list(DataLoader(Joined([vision, vision]), batch_size=None, num_workers=1))
+    assert len(found) == 3
+    for patches, shared in found:
+        assert shared
+        assert torch.equal(patches, torch.cat([obvious, obvious]))
+    # Negative control: rows and columns inside a patch swapped fail the same check.
+    turned = blocks.view(48, 3, 2, 14, 14).mT.reshape(48, 3, 392)
+    assert not torch.equal(vision.patches, ((turned.float() - mean) / std).flatten(1))

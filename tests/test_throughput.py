@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, Dataset
 
-from gve.callbacks import Throughput
-from gve.items import TrainBatch
+import gve.video
+from gve.callbacks import Throughput, throughput
+from gve.data.datamodule import PyramidDataModule
+from gve.data.manifest import Presample
+from gve.data.shards import ShardWriter
+from gve.inputs import InputPolicy
+from gve.items import Frames, Item, Pair, TrainBatch
 from gve.model.backbone import Lora
 from gve.model.clock import CLOCK, PhaseClock
+from gve.model.embedder import VideoEmbedder
+from gve.toy.base import EMBEDDED
+from gve.video import Sampling, decode_stored_frames
 from test_embedder import Pairs, embedder
+
+POLICY = InputPolicy(sampling=Sampling.uniform(2), max_frame_tokens=4)
 
 
 def test_phases_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +117,49 @@ def test_a_fit_logs_its_phases(base: str, tmp_path: Path, chunk_tokens: int) -> 
     with CLOCK.phase("loss"):
         pass
     assert CLOCK.read()[0] == {}  # it ended with the fit
+
+
+def stall_share(root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, decode_s: float) -> float:
+    """`data_wait_share` of a fit of 4 steps of 2 stored clips, on a clock that only decoding and steps move forward."""
+    clock = [0.0]
+
+    def decode(*arguments: Any) -> np.ndarray:
+        clock[0] += decode_s
+        return decode_stored_frames(*arguments)
+
+    def step(*arguments: Any) -> Any:
+        clock[0] += 0.1
+        return training_step(*arguments)
+
+    found: dict[str, float] = {}
+    training_step = VideoEmbedder.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+        patch.setattr(gve.video, "decode_stored_frames", decode)
+        patch.setattr(VideoEmbedder, "training_step", step)
+        logger = DummyLogger()
+        patch.setattr(logger, "log_metrics", lambda metrics, *_, **__: found.update(metrics))
+        trainer = L.Trainer(
+            default_root_dir=folder, max_epochs=1, accelerator="cpu", devices=1, logger=logger, log_every_n_steps=4,
+            callbacks=[Throughput()], enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        data = PyramidDataModule(
+            str(root), str(EMBEDDED), POLICY, steps_per_epoch=4, num_epochs=1, batch_size=2, num_workers=0, dev_pairs=0
+        )
+        trainer.fit(VideoEmbedder(str(EMBEDDED), POLICY), datamodule=data)
+    return found["throughput/data_wait_share"]
+
+
+def test_a_slow_decoder_raises_the_stall_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 50 ms a clip, 2 clips a batch, 3 of 4 waits counted: 0.3 s of 0.3 + 4 steps of 0.1 s; and none without.
+
+    The wait of an epoch's first batch is the loader's start and does not count.
+    """
+    frames = Frames(np.full((2, 28, 28, 3), 90, np.uint8), np.arange(2.0), np.arange(2), 2, 1.0)
+    root = tmp_path / "shards"
+    with ShardWriter(root, task="T2V", source="clips", presample=Presample(POLICY.sampling)) as writer:
+        for number in range(4):
+            writer.write(Pair(Item.of(f"a grey square {number}"), Item.of(video=frames)))
+    assert stall_share(root, tmp_path / "slow", monkeypatch, 0.05) == pytest.approx(0.3 / 0.7)
+    assert stall_share(root, tmp_path / "fast", monkeypatch, 0.0) == 0
