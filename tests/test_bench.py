@@ -106,9 +106,9 @@ def test_differences_by_hand(ours: Any, theirs: Any, difference: float) -> None:
 
 
 def test_outputs_that_differ_are_refused() -> None:
-    def race(tolerance: float, floors: frozenset[str] = frozenset()) -> dict[str, Any]:
+    def race(tolerance: float, uncompared: frozenset[str] = frozenset()) -> dict[str, Any]:
         ways = {"ours": sleeper(0.0, np.array([1.0, 2.0])), "stock": sleeper(0.0, np.array([1.0, 2.5]))}
-        return hold(Contest("sums", ways, [], tolerance=tolerance, floors=floors), rounds=1)
+        return hold(Contest("sums", ways, [], tolerance=tolerance, uncompared=uncompared), rounds=1)
 
     with pytest.raises(UnequalError, match=r"sums: the outputs of ours and stock differ by 0\.5, more than 0\.1"):
         race(0.1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from gve.bench.clips import CAPTION, clips_of
 from gve.bench.measure import Aim, Contest, Options, Trial, one_thread
-from gve.bench.stock import StockInputs, mean_difference
+from gve.bench.stock import HERE, StockInputs, clip_pixels, mean_difference
 from gve.inputs import InputBuilder, InputPolicy
 from gve.items import EmbedBatch, Item
 from gve.toy.base import EMBEDDED
@@ -32,20 +32,27 @@ def trials(options: Options) -> Iterator[Trial]:
     made = [Item.of(video=clip) for clip in frames]
     with one_thread():
         for what, items, unit in (("texts", texts, "texts"), ("decoded clips", made, "clips")):
+            ways: dict[str, Callable[[], Any]] = {"gve": partial(builder, items)}
+            if what != "texts":
+                ways[HERE] = partial(_normalised_here, builder, items)
+            ways["stock"] = partial(_stock, stock, positions, items)
             yield Contest(
                 f"{what} to model inputs with positions",
-                {
-                    "gve": partial(builder, items),
-                    "stock": partial(_stock, stock, positions, items),
-                },
-                [Aim("gve", "stock", "faster", 2.0)],
+                ways,
+                [Aim("gve", "stock", "faster", 2.0), *(Aim(name, "stock", "faster") for name in ways if name == HERE)],
                 count=len(items),
                 unit=unit,
                 setting=setting,
+                uncompared=frozenset({HERE}),
                 tolerance=1.0,
                 difference=_difference,
                 clock="cpu",
             )
+
+
+def _normalised_here(builder: InputBuilder, items: list[Item]) -> torch.Tensor | None:
+    """The clips of a batch as the tower reads them."""
+    return clip_pixels(builder(items))
 
 
 def _stock(stock: StockInputs, positions: Any, items: list[Item]) -> tuple[Any, torch.Tensor]:

@@ -108,7 +108,8 @@ class Contest:
         count: units of work in one call.
         unit: of the work: "clips", "items", "steps".
         setting: what else decides the numbers, in JSON-able values.
-        floors: contestants that do less by design (a bare kernel) and show the limit: their outputs are not compared.
+        uncompared: contestants whose outputs are not compared: a bare kernel, which does less by design and shows the
+            limit, or another's work with something added.
         tolerance: the largest difference between outputs.
         difference: of two outputs; by default the largest absolute one of their numbers.
         clock: "wall", or "cpu": seconds of this process and its ended children, over all threads, which other jobs of
@@ -122,7 +123,7 @@ class Contest:
     count: float = 1
     unit: str = "calls"
     setting: Mapping[str, Any] = field(default_factory=dict)
-    floors: frozenset[str] = frozenset()
+    uncompared: frozenset[str] = frozenset()
     tolerance: float = 0.0
     difference: Callable[[Any, Any], float] | None = None
     clock: Literal["wall", "cpu"] = "wall"
@@ -227,7 +228,7 @@ def _race(contest: Contest, rounds: int, tick: Callable[[], None]) -> dict[str, 
         "count": contest.count,
         "unit": contest.unit,
         "contestants": contestants,
-        "floors": sorted(contest.floors),
+        "uncompared": sorted(contest.uncompared),
         "ratios": ratios,
         "difference": difference,
         "tolerance": contest.tolerance,
@@ -250,7 +251,7 @@ def _compare(contest: Contest, tick: Callable[[], None]) -> float:
     for name, work in contest.contestants.items():
         output = work()
         tick()
-        if name not in contest.floors:
+        if name not in contest.uncompared:
             outputs[name] = output.output if isinstance(output, Timed) else output
     (first, expected), *others = outputs.items()
     largest = 0.0
