@@ -527,6 +527,16 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (code, message in err.splitlines()[-1]) == (2, True), err
 
 
+def test_an_empty_index_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_dual_encoder(tmp_path / "model", "clip")
+    (tmp_path / "text.mp4").write_text("no video")
+    code, out, err = gve(
+        capsys, "index", tmp_path / "text.mp4", "--out", tmp_path / "index", "--model", model, "--num-workers", "0"
+    )
+    assert (code, "no video: 1" in out) == (1, True)
+    assert err.splitlines()[-1].startswith("gve index: the index is empty")
+
+
 def _picture(folder: Path) -> Path:
     import PIL.Image
 

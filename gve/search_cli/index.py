@@ -29,7 +29,8 @@ def main(argv: Sequence[str]) -> int:
         argv: the words after `gve index`.
 
     Returns:
-        0 done, 1 a video could not be read or the work failed. Files that are no videos are no failure.
+        0 done, 1 a video could not be read, the work failed, or nothing is in the index. A file that is no video beside
+        others that are is no failure.
 
     Raises:
         InputError: a folder, an option or the model cannot be used, or the index is of another model.
@@ -47,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="gve index",
         description="Indexes the videos of folders for gve search. Long videos are read in overlapping windows; no "
         "file is cut or copied. Run again, it takes what is new or has changed and nothing else; killed, it goes on "
-        "where it stopped. Names that begin with a dot are left out, links to folders are not followed.",
+        "where it stopped. Names that begin with a dot are left out, links to folders are not followed. Exit 1 when a "
+        "file broke its reader or was read in part, or nothing is in the index.",
     )
     parser.add_argument("folders", nargs="*", metavar="DIR", help="folders of videos, or single files")
     parser.add_argument("--out", required=True, metavar="INDEX", help="its folder, or s3://bucket/name and the like")
@@ -137,6 +139,9 @@ def _index(arguments: argparse.Namespace) -> int:
             if arguments.ivf is not None:
                 index.build_ivf(arguments.ivf or None)
             _tell(arguments, index, changes, found, update, time.monotonic() - start)
+    if update and not len(index):
+        print("gve index: the index is empty: nothing that was named is a video that can be read", file=sys.stderr)
+        return 1
     return 1 if update and (update.damaged or _broken(update)) else 0
 
 
