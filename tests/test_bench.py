@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
 import types
 from collections.abc import Iterator
@@ -216,3 +219,23 @@ def test_the_record_names_the_machine() -> None:
     facts = measure.machine()
     assert facts["versions"]["transformers"]
     assert set(facts["hardware"]) == {"machine", "processor", "cores", "threads", "memory_gib", "gpus"}
+
+
+def test_a_stopped_bench_leaves_no_fit_behind(tmp_path: Path) -> None:
+    """SIGTERM while a child works: the child goes along, and the folder is removed."""
+    code = f"""
+import subprocess, sys, tempfile
+from pathlib import Path
+from gve.bench.cli import stoppable
+with stoppable(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}) as folder:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+    subprocess.run([sys.executable, "-c", child], check=True)
+"""
+    bench = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert bench.stdout is not None
+    child = int(bench.stdout.readline())
+    bench.terminate()
+    assert bench.wait(20) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+    assert not list(tmp_path.iterdir())

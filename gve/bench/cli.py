@@ -6,8 +6,11 @@ import argparse
 import importlib
 import json
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     report: dict[str, Any] = {"version": 1, "begun": datetime.now(UTC).isoformat(timespec="seconds")}
     report |= {"argv": list(argv), **machine(), "records": []}
     console = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="gve-bench-") as folder:
+    with stoppable(), tempfile.TemporaryDirectory(prefix="gve-bench-") as folder:
         for name in names:
             place = Path(folder, name)
             place.mkdir()
@@ -91,6 +94,16 @@ def main(argv: Sequence[str]) -> int:
     else:
         _print(report)
     return int(any("unequal" in record for record in report["records"]))
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM ends the process as Ctrl-C does: a fit that a bench has begun goes along, and so do its files."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _held(name: str, options: Options, console: Console, *, named: bool) -> Iterator[dict[str, Any]]:
