@@ -169,7 +169,11 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path, monkeypatch: pytest.Monkey
         pretrain(tmp_path / "cut", TINY, save_every=3)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
     monkeypatch.setattr(pretraining, "_step", stop)
+    # Of the state's step, of one after it, and a torn one.
+    (tmp_path / "cut" / "log.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"st')
     cut = pretrain(tmp_path / "cut", TINY, save_every=3)
+    steps = [json.loads(line)["step"] for line in (cut / "log.jsonl").read_text().splitlines()]
+    assert steps == [3, 6]
     assert (cut / "SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
     last = [json.loads((folder / "log.jsonl").read_text().splitlines()[-1]) for folder in (whole, cut)]
     assert last[0]["step"] == last[1]["step"] == 6

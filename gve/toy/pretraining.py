@@ -415,6 +415,7 @@ def pretrain(
     optimizers = _optimizers(model, recipe)
     state_file, log_file = out / "state.pt", out / "log.jsonl"
     done = _resume(state_file, recipe, model, optimizers)
+    _cut_log(log_file, done)
     tested = {shown(clip) for look in DIALECTS for mini in Builder(0, look, 1.0).build() for clip in mini.corpus}
     taught = Lessons(
         tokenizer, VisionGeometry.from_config(config.to_dict()), recipe, lambda clip: shown(clip) in tested
@@ -485,6 +486,20 @@ def _save(file: Path, recipe: Recipe, step: int, model: nn.Module, optimizers: l
     }
     draft = file.with_suffix(".tmp")
     torch.save(state, draft)
+    os.replace(draft, file)
+
+
+def _cut_log(file: Path, done: int) -> None:
+    """Drops the lines of steps that are done again, and one that was torn."""
+    kept = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    draft = file.with_suffix(".tmp")
+    draft.write_text("".join(kept))
     os.replace(draft, file)
 
 
