@@ -537,6 +537,48 @@ def stored(picture: PIL.Image.Image, form: str, **options: object) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("JPEG", {"quality": 95}),
+        ("JPEG", {"quality": 60, "subsampling": 0}),
+        ("JPEG", {"quality": 80, "subsampling": 1, "progressive": True}),
+        ("JPEG", {"quality": 90, "exif": True}),
+        ("JPEG grey", {"quality": 90}),
+        ("JPEG CMYK", {"quality": 90}),
+        ("PNG", {}),
+    ],
+)
+def test_stored_frames_are_what_pillow_decodes(form: str, options: dict[str, object]) -> None:
+    """Bit for bit, with odd sizes; a picture on its side is turned."""
+    rng = np.random.default_rng(0)
+    smooth = rng.normal(size=(3, 5, 7, 3)).repeat(13, 1).repeat(9, 2)[:, :61, :43]
+    frames = (128 + 60 * smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8)
+    if options.pop("exif", False):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6
+        options = {**options, "exif": exif}
+    mode = {"JPEG grey": "L", "JPEG CMYK": "CMYK"}.get(form, "RGB")
+    pictures = [PIL.Image.fromarray(frame).convert(mode) for frame in frames]
+    jpegs = [stored(picture, form.split()[0], **options) for picture in pictures]
+    expected = np.stack([decode_image(jpeg) for jpeg in jpegs])
+    found = video.decode_stored_frames(jpegs)
+    assert found.shape == ((3, 43, 61, 3) if "exif" in options else (3, 61, 43, 3))
+    assert np.array_equal(found, expected)
+
+
+def test_damaged_stored_frames_are_named() -> None:
+    good = [stored(PIL.Image.new("RGB", (40, 30), (200, 30, shade)), "JPEG") for shade in (0, 200)]
+    with pytest.raises(MediaError, match=r"clip 7: .*(?i:truncated)"):
+        video.decode_stored_frames([good[0], good[1][:-40]], "clip 7")
+    with pytest.raises(MediaError, match="frame 1 has another size than the first"):
+        video.decode_stored_frames([good[0], stored(PIL.Image.new("RGB", (40, 32)), "JPEG")], "clip 7")
+    with pytest.raises(MediaError, match="no picture format"):
+        video.decode_stored_frames([b"no picture"], "clip 7")
+    with pytest.raises(MediaError):
+        video.decode_stored_frames([good[0][:30]], "clip 7")
+
+
 def test_deep_grey_is_scaled_not_clipped() -> None:
     values = np.array([[0, 257, 32896, 65535]], np.uint16)  # 257 k is exactly k of 255
     for form in ("PNG", "TIFF"):
