@@ -59,7 +59,8 @@ class Side:
 
     Args:
         tokens: mean length of an input.
-        padded: longest length seen: a batch is padded to its longest.
+        padded: longest length seen: what a batch is padded to where its rows run as one; an upper view, since rows of
+            like length run together.
         grids: (t, h, w) in patches of all pictures that were seen.
         items: inputs that were seen.
     """
