@@ -290,9 +290,9 @@ def of_right_length(seen: Seen) -> Any:
     """Two thirds of the words that a slot may have, with what the rules of each kind of text ask for."""
 
     def fill(schema: dict[str, Any]) -> Any:
-        if schema["type"] == "object":
+        if schema.get("type") == "object":
             return {key: fill(value) for key, value in schema["properties"].items()}
-        if schema["type"] == "string":
+        if "maxLength" in schema:
             words = 2 * schema["maxLength"] // (3 * CHARS_PER_WORD)
             return " ".join(["like", "this,", *["dog"] * (words - 2)])
         return instance(schema, seen.id)
