@@ -239,3 +239,10 @@ with stoppable(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}) as folder:
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
     assert not list(tmp_path.iterdir())
+
+
+def test_benches_are_listed_before_lightning_is_imported() -> None:
+    """It imports torchvision where that is, and a wheel for CUDA raises beside torch for CPU until it is prepared."""
+    code = "import sys, gve.bench.cli; print([name for name in ('lightning', 'transformers') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"

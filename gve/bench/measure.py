@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 import gve
-from gve.callbacks.run_record import versions_of
 from gve.encode.ranks import available_cores
 from gve.items import InputError
 
@@ -314,6 +313,9 @@ def load_average() -> float:
 
 def machine() -> dict[str, Any]:
     """Versions and hardware behind the numbers."""
+    # Lightning comes with it, and torchvision where that is: after prepare_torchvision.
+    from gve.callbacks.run_record import versions_of
+
     return {
         "versions": {"gve": gve.__version__, "python": platform.python_version(), **versions_of(PACKAGES)},
         "hardware": {
