@@ -82,7 +82,7 @@ def ask(index: Index, texts: list[str]) -> dict[str, object]:
 
     Files of equal content have equal scores, so a hit counts when its score is among the ten best, whatever its name.
     """
-    encoder = load_encoder(index.record.model, Execution(num_workers=0))
+    encoder = load_encoder(index.record.model, execution=Execution(num_workers=0))
     start = time.perf_counter()
     asked = [embed_query(encoder, make_query(text)) for text in texts]
     embed_ms = 1000 * (time.perf_counter() - start) / len(texts)
@@ -98,7 +98,7 @@ def ask(index: Index, texts: list[str]) -> dict[str, object]:
         kept += sum(hit.score >= tenth - 1e-6 for hit in hits)
     median, late = 1000 * float(np.median(seconds)), 1000 * float(np.quantile(seconds, 0.95))
     return {
-        "windows": len(index), "dim": index.record.dim, "mode": "exact, files", "recall_at_10": kept / (K * len(asked)),
+        "windows": len(index), "dim": index.record.dim, "mode": "exact, files", "recall_at_10": float(kept / (K * len(asked))),
         "median_ms": round(median, 1), "p95_ms": round(late, 1), "embed_ms": round(embed_ms, 1),
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
