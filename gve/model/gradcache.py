@@ -88,8 +88,8 @@ def grad_cache(
 def chunks_of(sides: Sequence[EmbedBatch], max_tokens: int) -> list[Chunk]:
     """Cuts every side into chunks of rows of like length, the longest first: what does not fit fails at once."""
 
-    def fits(lengths: list[int], number: int) -> bool:
-        return len(lengths) * lengths[0] <= max_tokens
+    def fits(side: int, rows: int, longest: int, tokens: int) -> bool:
+        return rows * longest <= max_tokens
 
     return _cut(sides, fits)
 
@@ -103,25 +103,33 @@ def groups_of(sides: Sequence[EmbedBatch], padding: float) -> list[Chunk]:
     """
     room = [padding * float(side.attention_mask.sum()) for side in sides]
 
-    def fits(lengths: list[int], number: int) -> bool:
-        return len(lengths) * lengths[0] - sum(lengths) <= room[number]
+    def fits(side: int, rows: int, longest: int, tokens: int) -> bool:
+        return rows * longest - tokens <= room[side]
 
     return _cut(sides, fits)
 
 
-def _cut(sides: Sequence[EmbedBatch], fits: Callable[[list[int], int], bool]) -> list[Chunk]:
-    """Groups of rows of each side by falling length; a row that no longer fits, or fits nowhere, begins a group."""
+def _cut(sides: Sequence[EmbedBatch], fits: Callable[[int, int, int, int], bool]) -> list[Chunk]:
+    """Groups of rows of each side by falling length; a row that no longer fits, or fits nowhere, begins a group.
+
+    Args:
+        sides: batches.
+        fits: whether so many rows of (side, rows, longest, tokens in all) may run together.
+    """
     chunks = []
     for number, side in enumerate(sides):
         # The tower's features are at hand; the patches, by far the most of a batch, need not be cut up.
         side = replace(side, image_patches=None, video_patches=None)
         lengths = side.attention_mask.sum(1).tolist()
         groups: list[list[int]] = []
+        tokens = 0  # of the last group
         for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-            if groups and fits([lengths[one] for one in groups[-1]] + [lengths[row]], number):
+            tokens += lengths[row]
+            if groups and fits(number, len(groups[-1]) + 1, lengths[groups[-1][0]], tokens):
                 groups[-1].append(row)
             else:
                 groups.append([row])
+                tokens = lengths[row]
         device = side.input_ids.device
         chunks += [Chunk(number, torch.tensor(group, device=device), take(side, group)) for group in groups]
     return chunks
