@@ -98,7 +98,8 @@ def ask(index: Index, texts: list[str]) -> dict[str, object]:
         kept += sum(hit.score >= tenth - 1e-6 for hit in hits)
     median, late = 1000 * float(np.median(seconds)), 1000 * float(np.quantile(seconds, 0.95))
     return {
-        "windows": len(index), "dim": index.record.dim, "mode": "exact, files", "recall_at_10": float(kept / (K * len(asked))),
+        "windows": len(index), "dim": index.record.dim, "mode": "exact, files",
+        "recall_at_10": float(kept / (K * len(asked))),
         "median_ms": round(median, 1), "p95_ms": round(late, 1), "embed_ms": round(embed_ms, 1),
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
