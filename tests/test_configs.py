@@ -37,7 +37,7 @@ OVERLAYS = sorted(
     for path in (ROOT / "experiments").rglob("*.yaml")
     if {"model", "data", "trainer"} & set(yaml.safe_load(path.read_text()) or ())
     # Overlays of a sweep say only what they change; tests/test_experiments.py lays them over their recipes.
-    and path.name != "toy.yaml"
+    and path.name not in ("toy.yaml", "temporal.yaml")
     and not (path.parent / "sweep.yaml").is_file()
 )
 
@@ -64,6 +64,20 @@ def test_parts_parse(path: Path) -> None:
     for name, value in yaml.safe_load(path.read_text()).items():
         if not isinstance(value, dict):
             assert config[part][name] == value, f"{path.name} says {name}: {value}, the run takes {config[part][name]}"
+
+
+def test_the_overlay_of_order_alone() -> None:
+    """It is laid over the quickstart: three sources, and hard negatives for one of them."""
+    overlay = ROOT / "experiments" / "0001-toy-base" / "temporal.yaml"
+    config = parse(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--config", str(overlay)])
+    assert config.trainer.limit_train_batches == 250
+    assert config.model.temperature == 0.1
+    assert {name for name, rows in config.data.batch_size.items() if rows} == {
+        "toy_temporal",
+        "toy_event",
+        "toy_camera",
+    }
+    assert config.data.negatives == {"default": 0, "toy_temporal": 3}
 
 
 def test_the_readmes_fit_commands_parse() -> None:
