@@ -116,5 +116,5 @@ step "index"
   xargs -0 "$python" -m gve index --model "$out/model" --out "$out/index" --tokens "$tokens" --device "$device"
 
 step "done"
-printf 'comparison  %s\nmodel       %s\nsearch      python -m gve search %q "what you look for" --device %s\n' \
-  "$out/comparison.txt" "$out/model" "$out/index" "$device"
+printf 'comparison  %s\nmodel       %s\nsearch      %q -m gve search %q "what you look for" --device %s\n' \
+  "$out/comparison.txt" "$out/model" "${GVE_PYTHON:-$PWD/.venv/bin/python}" "$out/index" "$device"

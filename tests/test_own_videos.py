@@ -264,7 +264,7 @@ def test_from_real_files_to_a_search(real: Path, tmp_path: Path) -> None:
     assert "own-I2V" in (out / "comparison.txt").read_text()
     assert "no_timescale.mp4" in done.stdout
     command = next(line for line in done.stdout.splitlines() if line.startswith("search")).split(maxsplit=1)[1]
-    command = command.replace("python", sys.executable, 1).replace("what you look for", "a table") + " --json"
+    command = command.replace("what you look for", "a table") + " --json"
     found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=200, cwd=ROOT)
     hits = json.loads(found.stdout)["hits"]
     assert {Path(hit["path"]).parent for hit in hits} == {folder}
